@@ -1,0 +1,310 @@
+"""Whole optimizers: chains of the building blocks, without arithmetic of their own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from sevo_optax._adam import _scale_by_adam_corrected, scale_by_adam_corrected
+from sevo_optax._propagate import Method
+from sevo_optax._sevo import sevo
+from sevo_optax._tables import Tables
+
+Mask = Any | Callable[[optax.Params], Any] | None
+
+
+def adamw_corrected(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    tables: Tables = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW whose moments are corrected for idle rows.
+
+    :func:`scale_by_adam_corrected`, decoupled weight decay, learning rate:
+
+    .. math::
+
+      \theta_t = \theta_{t-1} - \eta_t \big( u_t + \lambda \theta_{t-1} \big)
+
+    It equals :func:`optax.adamw` where every row receives a gradient. Behind :func:`sevo` in a chain it is the
+    gradient-side form: ``optax.chain(sevo(weights, "item_embedding"), adamw_corrected(1e-3))``.
+
+    Args:
+      learning_rate: :math:`\eta`, a number or a schedule.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the denominator outside the square root.
+      eps_root: added to the denominator inside the square root.
+      mu_dtype: dtype of the first moment; None: that of the parameters.
+      weight_decay: :math:`\lambda`, a number or a schedule.
+      mask: which leaves decay, see :func:`optax.adamw`.
+      tables: which leaves are corrected, see :func:`scale_by_adam_corrected`.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError: if ``tables`` is not a path, a tuple of paths or None.
+      ValueError: if a path names no leaf or several.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from sevo_optax import adamw_corrected
+      >>> tx = adamw_corrected(0.1, weight_decay=0.0)
+      >>> params = jnp.ones((2, 1))
+      >>> updates, _ = tx.update(jnp.array([[3.0], [0.0]]), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates))
+      [[0.9]
+       [1. ]]
+    """
+    return optax.chain(
+        scale_by_adam_corrected(b1, b2, eps, eps_root, mu_dtype, tables=tables),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def sevo_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    adjacency: Any,
+    tables: Tables = None,
+    *,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    beta: optax.ScalarOrSchedule = 0.99,
+    num_layers: int = 3,
+    method: Method = "neumann",
+    rescale: bool = True,
+    normalize: bool = True,
+    node_axis: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW enhanced by SEvo (Algorithm 1 of the paper).
+
+    The corrected moments' direction is smoothed; weight decay stays outside:
+
+    .. math::
+
+      E_t = E_{t-1} - \eta_t \, \hat\psi\Big( \frac{\hat M_t}{\sqrt{\hat V_t + \bar\varepsilon} + \varepsilon} \Big)
+        - \eta_t \lambda E_{t-1}
+
+    It is the chain of :func:`scale_by_adam_corrected` on ``tables``, :func:`sevo`, :func:`optax.add_decayed_weights`
+    and :func:`optax.scale_by_learning_rate`. Leaves other than ``tables`` get plain AdamW.
+
+    Args:
+      learning_rate: :math:`\eta`, a number or a schedule.
+      adjacency: raw symmetric weights, see :func:`sevo`.
+      tables: path of the embedding table, or a tuple of paths, or None, see :func:`sevo`.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment (the paper's settings use 0.95 to 0.999).
+      eps: added to the denominator outside the square root, as in the published code.
+      eps_root: added to the denominator inside the square root, as the paper prints it.
+      mu_dtype: dtype of the first moment; None: that of the parameters.
+      weight_decay: :math:`\lambda`, a number or a schedule.
+      mask: which leaves decay, see :func:`optax.adamw`.
+      beta: strength of the smoothing, see :func:`sevo`.
+      num_layers: number of layers, see :func:`sevo`.
+      method: form of the smoothing, see :func:`sevo`.
+      rescale: whether the Neumann series is rescaled, see :func:`sevo`.
+      normalize: whether ``adjacency`` holds raw weights, see :func:`sevo`.
+      node_axis: the axis of the table that counts the nodes, see :func:`sevo`.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError: as :func:`sevo`.
+      ValueError: as :func:`sevo`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sevo_optax import graph, sevo_adamw
+      >>> weights = graph.from_edges([0], [1], num_nodes=3)
+      >>> tx = sevo_adamw(1e-3, weights, "item_embedding", weight_decay=0.1)
+      >>> params = {"item_embedding": jnp.ones((3, 2)), "kernel": jnp.ones((2, 2))}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> updates["item_embedding"].shape
+      (3, 2)
+
+    References:
+      Xu et al., `Graph-enhanced Optimizers for Structure-aware Recommendation Embedding Evolution
+      <https://arxiv.org/abs/2310.03032>`_, 2024, Algorithm 1
+    """
+    smoother = sevo(
+        adjacency,
+        tables,
+        beta=beta,
+        num_layers=num_layers,
+        method=method,
+        rescale=rescale,
+        normalize=normalize,
+        node_axis=node_axis,
+    )
+    num_nodes = adjacency.shape[0]
+    return optax.chain(
+        _scale_by_adam_corrected(b1, b2, eps, eps_root, mu_dtype, tables, node_axis, num_nodes),
+        smoother,
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def sevo_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    adjacency: Any,
+    tables: Tables = None,
+    *,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any | None = None,
+    beta: optax.ScalarOrSchedule = 0.99,
+    num_layers: int = 3,
+    method: Method = "neumann",
+    rescale: bool = True,
+    normalize: bool = True,
+    node_axis: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam enhanced by SEvo (Algorithm 3 of the paper): plain moments, smoothed direction, no weight decay.
+
+    .. math::
+
+      E_t = E_{t-1} - \eta_t \, \hat\psi\Big( \frac{\hat M_t}{\sqrt{\hat V_t + \bar\varepsilon} + \varepsilon} \Big)
+
+    The chain of :func:`optax.scale_by_adam`, :func:`sevo` and :func:`optax.scale_by_learning_rate`. PyTorch's Adam adds
+    ``weight_decay * params`` to the gradient; for that, put ``optax.add_decayed_weights(weight_decay)`` in front.
+
+    Args:
+      learning_rate: :math:`\eta`, a number or a schedule.
+      adjacency: raw symmetric weights, see :func:`sevo`.
+      tables: path of the embedding table, or a tuple of paths, or None, see :func:`sevo`.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the denominator outside the square root.
+      eps_root: added to the denominator inside the square root.
+      mu_dtype: dtype of the first moment; None: that of the parameters.
+      beta: strength of the smoothing, see :func:`sevo`.
+      num_layers: number of layers, see :func:`sevo`.
+      method: form of the smoothing, see :func:`sevo`.
+      rescale: whether the Neumann series is rescaled, see :func:`sevo`.
+      normalize: whether ``adjacency`` holds raw weights, see :func:`sevo`.
+      node_axis: the axis of the table that counts the nodes, see :func:`sevo`.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError: as :func:`sevo`.
+      ValueError: as :func:`sevo`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from sevo_optax import graph, sevo_adam
+      >>> weights = graph.from_edges([0], [1], num_nodes=3)
+      >>> tx = optax.chain(optax.add_decayed_weights(0.1), sevo_adam(1e-3, weights))
+      >>> params = jnp.ones((3, 2))
+      >>> updates, state = tx.update(params, tx.init(params), params)
+
+    References:
+      Xu et al., `Graph-enhanced Optimizers for Structure-aware Recommendation Embedding Evolution
+      <https://arxiv.org/abs/2310.03032>`_, 2024, Algorithm 3
+    """
+    return optax.chain(
+        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype),
+        sevo(
+            adjacency,
+            tables,
+            beta=beta,
+            num_layers=num_layers,
+            method=method,
+            rescale=rescale,
+            normalize=normalize,
+            node_axis=node_axis,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def sevo_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    adjacency: Any,
+    tables: Tables = None,
+    *,
+    momentum: jax.typing.ArrayLike | None = None,
+    nesterov: bool = False,
+    beta: optax.ScalarOrSchedule = 0.99,
+    num_layers: int = 3,
+    method: Method = "neumann",
+    rescale: bool = True,
+    normalize: bool = True,
+    node_axis: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD with momentum enhanced by SEvo (Algorithm 2 of the paper).
+
+    .. math::
+
+      M_t = \mu M_{t-1} + G_t, \qquad E_t = E_{t-1} - \eta_t \, \hat\psi(M_t)
+
+    The chain of :func:`optax.trace`, :func:`sevo` and :func:`optax.scale_by_learning_rate`. PyTorch's SGD adds
+    ``weight_decay * params`` to the gradient; for that, put ``optax.add_decayed_weights(weight_decay)`` in front.
+
+    Args:
+      learning_rate: :math:`\eta`, a number or a schedule.
+      adjacency: raw symmetric weights, see :func:`sevo`.
+      tables: path of the embedding table, or a tuple of paths, or None, see :func:`sevo`.
+      momentum: :math:`\mu`; None: no momentum and no state for it.
+      nesterov: whether the momentum is Nesterov's.
+      beta: strength of the smoothing, see :func:`sevo`.
+      num_layers: number of layers, see :func:`sevo`.
+      method: form of the smoothing, see :func:`sevo`.
+      rescale: whether the Neumann series is rescaled, see :func:`sevo`.
+      normalize: whether ``adjacency`` holds raw weights, see :func:`sevo`.
+      node_axis: the axis of the table that counts the nodes, see :func:`sevo`.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError: as :func:`sevo`.
+      ValueError: as :func:`sevo`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sevo_optax import graph, sevo_sgd
+      >>> tx = sevo_sgd(0.1, graph.from_edges([0], [1], num_nodes=3), momentum=0.9)
+      >>> params = jnp.ones((3, 2))
+      >>> updates, state = tx.update(params, tx.init(params), params)
+
+    References:
+      Xu et al., `Graph-enhanced Optimizers for Structure-aware Recommendation Embedding Evolution
+      <https://arxiv.org/abs/2310.03032>`_, 2024, Algorithm 2
+    """
+    return optax.chain(
+        optax.identity() if momentum is None else optax.trace(momentum, nesterov),
+        sevo(
+            adjacency,
+            tables,
+            beta=beta,
+            num_layers=num_layers,
+            method=method,
+            rescale=rescale,
+            normalize=normalize,
+            node_axis=node_axis,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )

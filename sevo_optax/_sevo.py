@@ -1,0 +1,360 @@
+"""Structure-aware embedding evolution as a function and as an optax transformation."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sevo_optax import _propagate, _tables
+from sevo_optax import graph as _graph
+from sevo_optax._propagate import CSR, METHODS, Method
+from sevo_optax._tables import Tables
+
+
+class SEvoState(NamedTuple):
+    """State of :func:`sevo`.
+
+    Attributes:
+      count: shape (), int32, the number of updates so far: what a schedule of ``beta`` is called with.
+      graph: the normalised adjacency as CSR arrays. It never changes. It lives here, and not in a closure, so that a
+        jitted step receives it as an argument: a constant of that size would be printed into the program and folded by
+        the compiler.
+    """
+
+    count: jax.Array
+    graph: CSR
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def _check_form(beta: Any, num_layers: Any, method: Any) -> None:
+    """Checks what is concrete; traced numbers and schedules are taken on trust."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not callable(beta) and not _is_traced(beta):
+        if np.ndim(beta) != 0 or not jnp.issubdtype(np.asarray(beta).dtype, np.number):
+            raise TypeError(f"beta must be a number in [0, 1) or a schedule, got {beta!r}")
+        if not 0 <= float(beta) < 1:
+            raise ValueError(
+                f"beta must lie in [0, 1), got {float(beta)}; "
+                "0 leaves the update as it is and 0.99 is the paper's choice"
+            )
+    if not _is_traced(num_layers):
+        integer = not isinstance(num_layers, bool) and np.issubdtype(np.asarray(num_layers).dtype, np.integer)
+        if not integer or np.ndim(num_layers) != 0:
+            raise TypeError(f"num_layers must be an integer, got {num_layers!r}")
+        if int(num_layers) < 0:
+            raise ValueError(f"num_layers must be at least 0, got {int(num_layers)}")
+
+
+def smooth(
+    x: jax.typing.ArrayLike,
+    adjacency: Any,
+    *,
+    beta: jax.typing.ArrayLike = 0.99,
+    num_layers: jax.typing.ArrayLike = 3,
+    method: Method = "neumann",
+    rescale: bool = True,
+    normalize: bool = True,
+) -> jax.Array:
+    r"""Smooths the rows of a matrix over a graph, the transformation :math:`\psi` of the paper.
+
+    With :math:`\tilde A = D^{-1/2} A D^{-1/2}` the normalised adjacency, :math:`\beta` the strength of the smoothing
+    and :math:`L` the number of layers, ``method`` chooses between
+
+    .. math::
+
+      \begin{align*}
+      \text{neumann, rescaled (Eq. 7):} &&
+        \hat\psi(X) &= \frac{1-\beta}{1-\beta^{L+1}} \sum_{l=0}^{L} \beta^l \tilde A^l X\\
+      \text{neumann (Eq. 6):} &&
+        \hat\psi_{nsa}(X) &= (1-\beta) \sum_{l=0}^{L} \beta^l \tilde A^l X\\
+      \text{iterative (Zhou et al.):} &&
+        \hat\psi_l(X) &= \beta \tilde A \hat\psi_{l-1}(X) + (1-\beta) X, \quad \hat\psi_0(X) = X\\
+      \text{exact (Eq. 5):} &&
+        \psi^*(X) &= (1-\beta) (I - \beta \tilde A)^{-1} X
+      \end{align*}
+
+    The Neumann forms are structure-aware and direction-aware for every :math:`\beta \in [0, 1)`; the iterative form may
+    reverse the direction once :math:`\beta \ge 1/2` (Theorem 1). The exact form is meant for validation and small
+    graphs: it is solved by conjugate gradients to a residual of 1e-6 (float32) or 1e-12 (float64) relative to
+    :math:`(1-\beta) X`, up to rounding.
+
+    A node without neighbours has a zero row in :math:`\tilde A`, so the Neumann forms scale its row by the factor in
+    front of the sum (0.254 at :math:`\beta=0.99, L=3`, as in the published code). To keep such a row as it is, pass
+    ``graph.normalize(adjacency, isolated="identity")`` with ``normalize=False``.
+
+    Args:
+      x: shape (nodes, dim) or (nodes,), floating. Computed in float32 at least and returned in its own dtype. ``vmap``
+        over further axes costs no more than as many columns.
+      adjacency: raw symmetric non-negative weights, shape (nodes, nodes), as :class:`jax.experimental.sparse.BCOO` (see
+        :mod:`sevo_optax.graph`), scipy sparse matrix or dense array. Under ``jit``, a BCOO argument is normalised on
+        the device and cannot be checked.
+      beta: number in [0, 1), possibly traced.
+      num_layers: :math:`L \ge 0`, possibly traced (then without reverse-mode derivatives). Not used by the exact form.
+      method: ``"neumann"``, ``"iterative"`` or ``"exact"``.
+      rescale: whether the Neumann series is divided by its largest possible norm :math:`1-\beta^{L+1}`. The other two
+        forms need none: their norm is at most 1 already.
+      normalize: whether ``adjacency`` holds raw weights. False if it is :math:`\tilde A` already.
+
+    Returns:
+      The smoothed array, like ``x``. Derivatives with respect to ``x`` and ``beta`` are supported.
+
+    Raises:
+      TypeError: if ``x`` is not floating, or an argument has the wrong type.
+      ValueError: if the shapes do not fit, the weights are not symmetric, non-negative and finite, or a number is out
+        of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sevo_optax import graph, smooth
+      >>> path = graph.from_edges([0, 1], [1, 2], num_nodes=3)
+      >>> print(smooth(jnp.array([[1.0], [0.0], [0.0]]), path, beta=0.5, num_layers=1))
+      [[0.6666667 ]
+       [0.23570226]
+       [0.        ]]
+
+    References:
+      Xu et al., `Graph-enhanced Optimizers for Structure-aware Recommendation Embedding Evolution
+      <https://arxiv.org/abs/2310.03032>`_, 2024, Section 2
+
+      Zhou et al., `Learning with Local and Global Consistency
+      <https://papers.nips.cc/paper/2506-learning-with-local-and-global-consistency>`_, 2003
+    """
+    _check_form(beta, num_layers, method)
+    if callable(beta):
+        raise TypeError("beta must be a number here; schedules belong to sevo(...)")
+    x, csr = _checked(x, adjacency, normalize)
+    return _smooth_leaves([x], 0, csr, beta, num_layers, method, rescale)[0]
+
+
+def _smooth_leaves(
+    leaves: Sequence[jax.Array],
+    axis: int,
+    csr: CSR,
+    beta: jax.typing.ArrayLike,
+    num_layers: jax.typing.ArrayLike,
+    method: Method,
+    rescale: bool,
+) -> list[jax.Array]:
+    """Smooths the rows of ``leaves`` as one node set, in float32 at least, and returns them in their own dtypes."""
+    dtype = _propagate.compute_dtype(*(leaf.dtype for leaf in leaves), csr.data.dtype)
+
+    def local(leaves: Sequence[jax.Array], csr: CSR, beta: jax.Array) -> list[jax.Array]:
+        csr = csr._replace(data=csr.data.astype(dtype))
+        matrix = _tables.stack(leaves, axis, dtype)
+        return _tables.split(_propagate.series(csr, matrix, beta, num_layers, method, rescale), leaves, axis)
+
+    return _propagate.columnwise(local, leaves, axis, csr, jnp.asarray(beta, dtype))
+
+
+def smoothness(x: jax.typing.ArrayLike, adjacency: Any, *, normalize: bool = True) -> jax.Array:
+    r"""How rough the rows of a matrix are over a graph (Eq. 1): the lower, the smoother.
+
+    .. math::
+
+      \mathcal{J}(X) = \operatorname{Tr}(X^\top \tilde L X)
+        = \tfrac12 \sum_{i,j} w_{ij} \Big\| \frac{x_i}{\sqrt{d_i}} - \frac{x_j}{\sqrt{d_j}} \Big\|_2^2, \qquad
+      \tilde L = I - \tilde A
+
+    The trace is what is computed. (The paper prints its pairwise form without the one half; a node without neighbours
+    adds its squared norm to the trace and nothing to the sum.)
+
+    Args:
+      x: shape (nodes, dim) or (nodes,), floating.
+      adjacency: as in :func:`smooth`.
+      normalize: as in :func:`smooth`.
+
+    Returns:
+      A scalar, float32 at least.
+
+    Raises:
+      TypeError: as :func:`smooth`.
+      ValueError: as :func:`smooth`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sevo_optax import graph, smoothness
+      >>> pair = graph.from_edges([0], [1], num_nodes=2)
+      >>> float(smoothness(jnp.array([[1.0], [1.0]]), pair)), float(smoothness(jnp.array([[1.0], [-1.0]]), pair))
+      (0.0, 4.0)
+    """
+    x, csr = _checked(x, adjacency, normalize)
+    x = x.astype(csr.data.dtype)
+
+    def local(leaves: Sequence[jax.Array], csr: CSR) -> list[jax.Array]:
+        return _tables.split(_propagate.propagate(csr, _tables.stack(leaves, 0, csr.data.dtype)), leaves, 0)
+
+    return jnp.sum(x * (x - _propagate.columnwise(local, [x], 0, csr)[0]))
+
+
+def _checked(x: jax.typing.ArrayLike, adjacency: Any, normalize: bool) -> tuple[jax.Array, CSR]:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be a real floating-point array, got {x.dtype}; convert it first")
+    if x.ndim not in (1, 2):
+        raise ValueError(f"x must have shape (nodes, dim) or (nodes,), got {x.shape}; use jax.vmap for more axes")
+    csr = _propagate.prepare(adjacency, _propagate.compute_dtype(x.dtype), normalize)
+    num_nodes = csr.indptr.shape[0] - 1
+    if x.shape[0] != num_nodes:
+        raise ValueError(f"x has {x.shape[0]} rows, but adjacency has {num_nodes} nodes")
+    return x, csr
+
+
+def sevo(
+    adjacency: Any,
+    tables: Tables = None,
+    *,
+    beta: optax.ScalarOrSchedule = 0.99,
+    num_layers: int = 3,
+    method: Method = "neumann",
+    rescale: bool = True,
+    normalize: bool = True,
+    node_axis: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Smooths the update of an embedding table over a graph, so that related rows move together.
+
+    The rows of the chosen table's update :math:`\Delta E` are replaced by
+
+    .. math::
+
+      \hat\psi(\Delta E) = \frac{1-\beta}{1-\beta^{L+1}} \sum_{l=0}^{L} \beta^l \tilde A^l \Delta E, \qquad
+      \tilde A = D^{-1/2} A D^{-1/2}
+
+    (Eq. 7 of the paper; :func:`smooth` lists the other forms). All other leaves come back as they are. The model and
+    its inference do not change.
+
+    The transformation only changes a direction, so it may stand anywhere in a chain. Two places matter, and they make
+    different optimizers:
+
+    * **before the moments**, it smooths the gradient, and Adam then normalises what it sees::
+
+        optax.chain(sevo(weights, "item_embedding"), adamw_corrected(1e-3))
+
+    * **after the moments**, before weight decay and step size, it is Algorithm 1 of the paper: :func:`sevo_adamw`.
+
+    Args:
+      adjacency: raw symmetric non-negative weights, shape (nodes, nodes), as :class:`jax.experimental.sparse.BCOO` (see
+        :mod:`sevo_optax.graph`), scipy sparse matrix or dense array. Node ``i`` is row ``i`` of the table: padding and
+        mask rows are counted too. Checked and normalised once, on the host.
+      tables: which leaf to smooth: its path, such as ``"item_embedding/embedding"``, or the path of a part of the tree
+        that holds exactly one array, such as ``"item_embedding"``. A tuple of paths is one node set, stacked in that
+        order, for example ``("user_embedding", "item_embedding")`` with :func:`graph.user_item`. None: the tree holds
+        exactly one array, as it does under :func:`optax.masked`.
+      beta: strength of the smoothing, a number in [0, 1), possibly traced, or a schedule of the step count.
+      num_layers: :math:`L \ge 0`, the number of terms behind the first one.
+      method: ``"neumann"``, ``"iterative"`` or ``"exact"``, see :func:`smooth`.
+      rescale: whether the Neumann series is rescaled (Eq. 7) or not (Eq. 6).
+      normalize: whether ``adjacency`` holds raw weights. False if it is :math:`\tilde A` already.
+      node_axis: which axis of the table counts the nodes: 1 for a (dim, nodes) kernel of an output layer.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`. Its state is a :class:`SEvoState`, which holds the graph.
+      Tables are smoothed in float32 at least and returned in their own dtype. To ``vmap`` over replicas with one graph,
+      take the axes from :func:`state_axes`.
+
+    Raises:
+      TypeError: if an argument or the chosen leaf has the wrong type.
+      ValueError: if the weights are not square, symmetric, non-negative and finite, a number is out of range, a path
+        names no leaf or several, or the table and the graph differ in their number of nodes. The message lists the
+        leaves.
+
+    Note:
+      One NaN in a gradient reaches every row within :math:`L` hops of its own. :func:`optax.apply_if_finite` around the
+      whole chain drops such a step.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from sevo_optax import adamw_corrected, graph, sevo
+      >>> weights = graph.cooccurrence([[0, 1, 2], [1, 2]], num_nodes=4)
+      >>> params = {"item_embedding": jnp.ones((4, 2)), "bias": jnp.ones(4)}
+      >>> tx = optax.chain(sevo(weights, "item_embedding", beta=0.9), adamw_corrected(1e-3))
+      >>> state = tx.init(params)
+      >>> grads = {"item_embedding": jnp.zeros((4, 2)).at[1].set(1.0), "bias": jnp.zeros(4)}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> bool((updates["item_embedding"][2] != 0).all())  # row 2 moves along with its neighbour, row 1
+      True
+
+    References:
+      Xu et al., `Graph-enhanced Optimizers for Structure-aware Recommendation Embedding Evolution
+      <https://arxiv.org/abs/2310.03032>`_, 2024
+    """
+    _check_form(beta, num_layers, method)
+    paths = _tables.canonicalize(tables)
+    if _is_traced(adjacency):
+        raise TypeError(
+            "adjacency is traced, but sevo(...) checks and normalises it on the host; create the transformation "
+            "outside of jax.jit, and under optax.inject_hyperparams, which traces arrays, pass a BCOO or a scipy matrix, or "
+            "static_args=('adjacency',)"
+        )
+    matrix = _graph._symmetric_csr(adjacency)
+    if normalize:
+        matrix = _graph._normalize_csr(matrix)
+    num_nodes = matrix.shape[0]
+
+    def init_fn(params: optax.Params) -> SEvoState:
+        dtypes = []
+        # A tree without leaves is how optax asks for the structure of the state.
+        if jax.tree.leaves(params):
+            positions, leaves, names, _ = _tables.find(params, paths)
+            _tables.check(positions, leaves, names, node_axis, num_nodes)
+            dtypes = [leaves[i].dtype for i in positions]
+        return SEvoState(
+            count=jnp.zeros([], jnp.int32),
+            graph=_propagate.to_device(matrix, _propagate.compute_dtype(*dtypes)),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: SEvoState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SEvoState]:
+        del params, extra_args
+        positions, leaves, names, treedef = _tables.find(updates, paths)
+        axis = _tables.check(positions, leaves, names, node_axis, num_nodes)
+        strength = beta(state.count) if callable(beta) else beta
+        chosen = [leaves[i] for i in positions]
+        smoothed = _smooth_leaves(chosen, axis, state.graph, strength, num_layers, method, rescale)
+        for i, leaf in zip(positions, smoothed, strict=True):
+            leaves[i] = leaf
+        count = optax.safe_increment(state.count)
+        return jax.tree.unflatten(treedef, leaves), SEvoState(count=count, graph=state.graph)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def state_axes(state: optax.OptState, axis: int = 0) -> Any:
+    """The axes with which to ``vmap`` over replicas of an optimizer state that share one graph.
+
+    Args:
+      state: an optimizer state of one replica, or its shapes from :func:`jax.eval_shape`.
+      axis: the axis of the replicas.
+
+    Returns:
+      A tree like ``state`` with ``axis`` for every leaf and None for the graph, for ``in_axes`` and ``out_axes``.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from sevo_optax import graph, sevo_adamw, state_axes
+      >>> tx = sevo_adamw(1e-3, graph.from_edges([0], [1], num_nodes=2))
+      >>> params = jnp.ones((5, 2, 8))  # five seeds
+      >>> axes = state_axes(jax.eval_shape(tx.init, params[0]))
+      >>> state = jax.vmap(tx.init, out_axes=axes)(params)
+      >>> update = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+      >>> updates, state = update(params, state, params)
+      >>> updates.shape, state[1].graph.data.shape
+      ((5, 2, 8), (2,))
+    """
+    return jax.tree.map(
+        lambda leaf: SEvoState(axis, CSR(None, None, None)) if isinstance(leaf, SEvoState) else axis,
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, SEvoState),
+    )

@@ -1,0 +1,357 @@
+"""The transformation: where it may stand, its state, schedules, and what it promises about programs."""
+
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import export
+
+import sevo_optax
+from sevo_optax import SEvoState, adamw_corrected, sevo, sevo_adamw, smooth, state_axes
+from tests.sevo_optax import reference
+
+NODES, DIM = 20, 4
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def weights(rng):
+    return reference.random_weights(rng, NODES)
+
+
+@pytest.fixture
+def table(rng):
+    return jnp.asarray(rng.normal(size=(NODES, DIM)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta": 0.5, "num_layers": 1},
+        {"rescale": False},
+        {"method": "iterative", "beta": 0.3},
+        {"method": "exact", "beta": 0.9},
+        {"normalize": False},
+        {"num_layers": 0},
+    ],
+)
+def test_update_is_smooth_in_every_form(weights, table, options):
+    if "normalize" in options:
+        weights = reference.normalize(weights)
+    tx = sevo(weights, "item", **options)
+    updates = {"item": table, "bias": jnp.ones(3)}
+    state = tx.init(updates)
+    new, state = jax.jit(tx.update)(updates, state)
+    np.testing.assert_allclose(new["item"], smooth(table, weights, **options), rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(new["bias"], updates["bias"])
+    assert state.count == 1
+
+
+def test_beta_may_be_a_schedule_of_the_count(weights, table):
+    schedule = optax.linear_schedule(0.0, 0.8, 4)
+    tx = sevo(weights, beta=schedule)
+    state = tx.init(table)
+    for step in range(5):
+        updates, state = jax.jit(tx.update)(table, state)
+        np.testing.assert_allclose(updates, smooth(table, weights, beta=0.2 * step), rtol=1e-5, atol=1e-6)
+        if step == 0:
+            np.testing.assert_array_equal(updates, table)
+
+
+def test_beta_and_layers_may_be_traced(weights, table):
+    @jax.jit
+    def run(beta, num_layers, state):
+        return sevo(weights, beta=beta, num_layers=num_layers).update(table, state)[0]
+
+    state = sevo(weights).init(table)
+    for beta, num_layers in ((0.5, 2), (0.9, 4)):
+        expected = smooth(table, weights, beta=beta, num_layers=num_layers)
+        np.testing.assert_allclose(run(beta, num_layers, state), expected, rtol=1e-6, atol=1e-7)
+    assert run._cache_size() == 1
+
+
+def test_gradients_flow_through_a_whole_step(weights, table):
+    """Tuning beta by differentiating through the step."""
+    tx_of = lambda beta: optax.chain(sevo(weights, beta=beta), optax.scale(-0.1))  # noqa: E731
+    state = tx_of(0.5).init(table)
+
+    def loss(beta):
+        return jnp.sum((table + tx_of(beta).update(table, state)[0]) ** 2)
+
+    step = 1e-2
+    expected = (loss(0.5 + step) - loss(0.5 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(0.5), expected, rtol=1e-2)
+
+
+def test_two_places_in_a_chain_are_two_optimizers(rng, weights, table):
+    before = optax.chain(sevo(weights), adamw_corrected(0.1))
+    after = sevo_adamw(0.1, weights)
+    grads = jnp.asarray(rng.normal(size=(NODES, DIM)), jnp.float32)
+    one, _ = before.update(grads, before.init(table), table)
+    two, _ = after.update(grads, after.init(table), table)
+    assert not np.allclose(one, two, rtol=0.1)
+
+
+def test_state_is_a_named_tuple_with_the_count_first(weights, table):
+    state = sevo(weights).init(table)
+    assert isinstance(state, SEvoState)
+    assert state._fields == ("count", "graph")
+    assert state.count.dtype == jnp.int32
+    assert state.graph.indices.dtype == state.graph.indptr.dtype == jnp.int32
+    assert optax.tree.get(sevo_adamw(0.1, weights).init(table), "graph").data.shape == state.graph.data.shape
+
+
+def test_count_saturates(weights, table):
+    tx = sevo(weights)
+    state = tx.init(table)._replace(count=jnp.array(2**31 - 1, jnp.int32))
+    assert tx.update(table, state)[1].count == 2**31 - 1
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_graph_is_kept_in_float32_at_least(weights, table, dtype):
+    tx = sevo(weights)
+    state = tx.init(table.astype(dtype))
+    assert state.graph.data.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    updates, new = tx.update(table.astype(dtype), state)
+    assert updates.dtype == dtype
+    assert new.graph.data.dtype == state.graph.data.dtype
+
+
+def test_update_in_another_dtype_than_the_parameters(weights, table):
+    """Mixed precision: gradients in bfloat16, parameters in float32, and the reverse."""
+    tx = sevo(weights)
+    half = table.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(tx.update(half, tx.init(table))[0], smooth(half, weights))
+    np.testing.assert_array_equal(tx.update(table, tx.init(half))[0], smooth(table, weights))
+
+
+def test_one_nan_reaches_its_neighbours_and_apply_if_finite_drops_the_step():
+    path = np.zeros((6, 6))
+    for i in range(5):
+        path[i, i + 1] = path[i + 1, i] = 1
+    updates = jnp.ones((6, 2)).at[0, 0].set(jnp.nan)
+    tx = sevo(path, num_layers=2)
+    out = np.asarray(tx.update(updates, tx.init(updates))[0])
+    np.testing.assert_array_equal(np.isnan(out[:, 0]), [True, True, True, False, False, False])
+    assert np.isfinite(out[:, 1]).all()
+    safe = optax.apply_if_finite(tx, 3)
+    out, state = jax.jit(safe.update)(updates, safe.init(updates))
+    np.testing.assert_array_equal(out, 0)
+    assert state.inner_state.count == 0
+
+
+def test_graph_is_checked_when_the_transformation_is_made():
+    with pytest.raises(ValueError, match="not symmetric"):
+        sevo(np.triu(np.ones((3, 3)), 1))
+    with pytest.raises(TypeError, match="traced"):
+        jax.jit(lambda a: sevo(a).init(jnp.ones((3, 1))))(jnp.ones((3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"beta": 2}, ValueError, r"beta must lie in \[0, 1\), got 2\.0"),
+        ({"beta": None}, TypeError, "beta must be a number .* or a schedule, got None"),
+        ({"num_layers": -2}, ValueError, "num_layers must be at least 0, got -2"),
+        ({"num_layers": None}, TypeError, "num_layers must be an integer, got None"),
+        ({"method": None}, ValueError, "method must be one of neumann, iterative, exact, got None"),
+    ],
+)
+def test_errors_name_the_argument_and_the_value(weights, options, error, message):
+    with pytest.raises(error, match=message):
+        sevo(weights, **options)
+
+
+# ---- programs ----
+
+
+def big():
+    """A table and a graph large enough that their buffers stand out."""
+    nodes, dim = 4000, 32
+    rng = np.random.default_rng(0)
+    rows, columns = rng.integers(nodes, size=(2, 40_000))
+    weights = sevo_optax.graph.from_edges(rows, columns, num_nodes=nodes)
+    return weights, jnp.ones((nodes, dim))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_step_exports_for_other_platforms(platform, dtype):
+    weights, table = big()
+    table = table.astype(dtype)
+    tx = sevo_adamw(1e-3, weights, "item", weight_decay=0.1)
+    params = {"item": table, "head": jnp.ones((3, 3))}
+    exported = export.export(jax.jit(tx.update), platforms=[platform])(params, tx.init(params), params)
+    assert exported.platforms == (platform,)
+    assert "scatter" in exported.mlir_module()
+
+
+def test_step_exported_for_several_platforms_runs_here(weights, table):
+    tx = sevo_adamw(1e-3, weights)
+    state = tx.init(table)
+    step = jax.jit(tx.update)
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in custom_calls(step.lower(table, state, table))]
+    exported = export.export(step, platforms=["cpu", "cuda"], disabled_checks=checks)(table, state, table)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        exported.call(table, state, table),
+        step(table, state, table),
+    )
+
+
+def custom_calls(lowered):
+    return sorted(set(re.findall(r"custom_call @(\w+)", lowered.as_text())))
+
+
+def constants(text):
+    """The number of elements of each constant of a lowered program."""
+    shapes = re.findall(r"stablehlo\.constant dense.*?: tensor<((?:\d+x)*)\w+>", text)
+    return [int(np.prod([int(n) for n in shape.split("x") if n])) for shape in shapes]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_graph_is_no_constant_of_the_program(platform):
+    weights, table = big()
+    tx = sevo_adamw(1e-3, weights)
+    state = tx.init(table)
+    text = jax.jit(tx.update).trace(table, state, table).lower(lowering_platforms=(platform,)).as_text()
+    # Splat constants (zeros of the scatter) have one printed element, whatever their shape.
+    dense = [line for line in text.splitlines() if "stablehlo.constant dense<" in line]
+    assert dense
+    assert all(len(line) < 200 for line in dense)
+    assert len(text) < 60_000
+
+
+def test_graph_in_a_closure_would_be_a_constant():
+    """The negative control of the test above."""
+    weights, table = big()
+    tx = sevo_adamw(1e-3, weights)
+    state = tx.init(table)
+    text = jax.jit(lambda u: tx.update(u, state, u)[0]).lower(table).as_text()
+    assert max(map(len, text.splitlines())) > 200_000
+
+
+def test_peak_memory_is_three_tables():
+    weights, table = big()
+    tx = sevo(weights)
+    state = tx.init(table)
+    memory = jax.jit(tx.update).lower(table, state).compile().memory_analysis()
+    graph = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    # Everything but the arguments; the graph's own buffers are passed on.
+    extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes - graph
+    assert extra <= 3 * table.nbytes + 4096
+
+
+def test_donated_state_is_passed_on_without_a_copy():
+    weights, table = big()
+    tx = sevo_adamw(1e-3, weights)
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    state = tx.init(table)
+    lowered = step.lower(table, state, table)
+    assert lowered.as_text().count("tf.aliasing_output") >= len(jax.tree.leaves(state))
+    memory = lowered.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    before = [leaf.unsafe_buffer_pointer() for leaf in optax.tree.get(state, "graph")]
+    for _ in range(3):
+        _, state = step(jnp.ones_like(table), state, table)
+    assert [leaf.unsafe_buffer_pointer() for leaf in optax.tree.get(state, "graph")] == before
+
+
+def test_vmap_over_seeds_keeps_one_graph(rng, weights):
+    params = {"item": jnp.asarray(rng.normal(size=(5, NODES, DIM)), jnp.float32), "bias": jnp.ones((5, 3))}
+    one = jax.tree.map(lambda leaf: leaf[0], params)
+    tx = optax.chain(sevo(weights, "item"), optax.masked(sevo_adamw(0.1, weights), {"item": True, "bias": False}))
+    axes = state_axes(jax.eval_shape(tx.init, one))
+    state = jax.vmap(tx.init, out_axes=axes)(params)
+    edges = np.count_nonzero(weights)
+    step = jax.jit(jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes)))
+    graphs = [
+        s.graph for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, SEvoState)) if isinstance(s, SEvoState)
+    ]
+    assert [g.data.shape for g in graphs] == [(edges,)] * 2
+    updates, state = step(params, state, params)
+    updates, state = step(params, state, params)
+    assert optax.tree.get_all_with_path(state, "count")[0][1].shape == (5,)
+    for seed in range(5):
+        alone = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
+        expected = tx.init(alone)
+        for _ in range(2):
+            wanted, expected = tx.update(alone, expected, alone)
+        np.testing.assert_allclose(updates["item"][seed], wanted["item"], rtol=2e-5, atol=1e-6)
+
+
+def test_state_axes_moves_every_other_leaf(weights, table):
+    axes = state_axes(sevo_adamw(0.1, weights).init(table), axis=2)
+    assert axes[0] == (2, 2, 2)
+    assert axes[1] == SEvoState(2, (None, None, None))
+
+
+# ---- documentation ----
+
+
+def test_every_public_function_is_documented_and_typed():
+    names = [name for name in dir(sevo_optax) if not name.startswith("_") and name != "graph"]
+    assert {"sevo", "smooth", "smoothness", "sevo_adamw", "sevo_adam", "sevo_sgd", "adamw_corrected"} < set(names)
+    for name in names:
+        thing = getattr(sevo_optax, name)
+        assert thing.__module__.startswith("sevo_optax")
+        if inspect.isfunction(thing):
+            doc = inspect.getdoc(thing)
+            for section in ("Args:", "Returns:", "Examples:"):
+                assert section in doc, f"{name} lacks {section}"
+            for parameter in inspect.signature(thing).parameters.values():
+                assert parameter.annotation is not parameter.empty
+                assert re.search(rf"^  {parameter.name}: ", doc, re.MULTILINE), (
+                    f"{name} does not explain {parameter.name}"
+                )
+
+
+@pytest.mark.parametrize(
+    ("function", "signature"),
+    [
+        ("smooth", "x adjacency * beta num_layers method rescale normalize"),
+        ("smoothness", "x adjacency * normalize"),
+        ("sevo", "adjacency tables * beta num_layers method rescale normalize node_axis"),
+        ("scale_by_adam_corrected", "b1 b2 eps eps_root mu_dtype * tables"),
+        ("adamw_corrected", "learning_rate b1 b2 eps eps_root mu_dtype weight_decay mask * tables"),
+        (
+            "sevo_adamw",
+            "learning_rate adjacency tables * b1 b2 eps eps_root mu_dtype weight_decay mask "
+            "beta num_layers method rescale normalize node_axis",
+        ),
+        (
+            "sevo_adam",
+            "learning_rate adjacency tables * b1 b2 eps eps_root mu_dtype "
+            "beta num_layers method rescale normalize node_axis",
+        ),
+        (
+            "sevo_sgd",
+            "learning_rate adjacency tables * momentum nesterov beta num_layers method rescale normalize node_axis",
+        ),
+    ],
+)
+def test_signatures(function, signature):
+    parameters = inspect.signature(getattr(sevo_optax, function)).parameters.values()
+    names = [p.name for p in parameters]
+    names.insert([p.kind for p in parameters].index(inspect.Parameter.KEYWORD_ONLY), "*")
+    assert " ".join(names) == signature
+    defaults = {p.name: p.default for p in parameters}
+    for name, value in {
+        "beta": 0.99,
+        "num_layers": 3,
+        "method": "neumann",
+        "rescale": True,
+        "b1": 0.9,
+        "b2": 0.999,
+    }.items():
+        assert defaults.get(name, value) == value
