@@ -1,0 +1,1 @@
+"""Sequential recommenders in Flax, with what it takes to train, evaluate and compare them."""

@@ -1,0 +1,135 @@
+"""SASRec: self-attention over a user's history, left to right."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.data.packing import Batch
+from models.layers import Attention, Dropout, attention_bias, padding_bias, split_keys
+
+# Published initialisation. Embeddings and the output projection are xavier-normal; query, key and value are one stacked
+# (3 · dim, dim) matrix there, drawn xavier-uniform; the feed-forward part keeps the default of a PyTorch convolution.
+xavier_normal = nnx.initializers.xavier_normal()
+stacked_xavier_uniform = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+fan_in_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _symmetric_uniform(bound: float) -> nnx.Initializer:
+    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Block(nnx.Module):
+    r"""One SASRec block: attention with a normalised query, then a feed-forward part of the same width.
+
+    .. math::
+
+      h = x + \mathrm{Attention}(\mathrm{LN}(x), x, x), \qquad n = \mathrm{LN}(h), \qquad
+      y = n + W_2 \max(0, W_1 n)
+    """
+
+    def __init__(self, embedding_dim: int, num_heads: int, dropout_rate: float, *, rngs: nnx.Rngs) -> None:
+        feed_forward = partial(
+            nnx.Linear,
+            embedding_dim,
+            embedding_dim,
+            kernel_init=fan_in_uniform,
+            bias_init=_symmetric_uniform(embedding_dim**-0.5),
+            rngs=rngs,
+        )
+        self.attention_norm = nnx.LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
+        self.attention = Attention(
+            embedding_dim,
+            num_heads,
+            dropout_rate,
+            in_init=stacked_xavier_uniform,
+            out_init=xavier_normal,
+            rngs=rngs,
+        )
+        self.feed_forward_norm = nnx.LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
+        self.feed_forward_in = feed_forward()
+        self.feed_forward_out = feed_forward()
+        self.dropout = Dropout(dropout_rate)
+
+    def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Maps (rows, row_length, embedding_dim) to the same shape; ``bias`` may cover one blank key more."""
+        keys = split_keys(key, 3)
+        blanks = bias.shape[-1] - x.shape[1]
+        memory = jnp.pad(x, ((0, 0), (0, blanks), (0, 0)))
+        x = x + self.attention(self.attention_norm(x), memory, bias, keys[0])
+        x = self.feed_forward_norm(x)
+        hidden = jax.nn.relu(self.dropout(self.feed_forward_in(x), keys[1]))
+        return x + self.dropout(self.feed_forward_out(hidden), keys[2])
+
+
+class SASRec(nnx.Module):
+    """Self-attentive sequential recommendation, as trained in the SEvo paper.
+
+    An item's score after a history is the inner product of its embedding and the encoded newest position.
+
+    Args:
+      num_items: size of the catalogue. Items are 1 … num_items; row 0 of the table is padding.
+      max_length: the longest history the model sees.
+      embedding_dim: width of everything.
+      num_blocks: number of blocks.
+      num_heads: attention heads a block; divides ``embedding_dim``.
+      dropout_rate: dropout on embeddings, attention weights and feed-forward parts.
+      attend_padding: whether attention also sees the blank places in front of a short history, as the published code's
+        does: a place to look when no item matters, and a hint of the history's length.
+      rngs: random state for the initialisation.
+
+    References:
+      Kang and McAuley, `Self-Attentive Sequential Recommendation <https://arxiv.org/abs/1808.09781>`_, 2018
+    """
+
+    # Where the item table is: what ``sevo`` and ``sevo_adamw`` are given as ``tables``.
+    item_tables = ("item_embedding",)
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        max_length: int = 50,
+        embedding_dim: int = 64,
+        num_blocks: int = 2,
+        num_heads: int = 1,
+        dropout_rate: float = 0.3,
+        attend_padding: bool = True,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.attend_padding = attend_padding
+        self.item_embedding = nnx.Embed(num_items + 1, embedding_dim, embedding_init=xavier_normal, rngs=rngs)
+        self.position_embedding = nnx.Embed(max_length, embedding_dim, embedding_init=xavier_normal, rngs=rngs)
+        self.blocks = nnx.List([Block(embedding_dim, num_heads, dropout_rate, rngs=rngs) for _ in range(num_blocks)])
+        self.norm = nnx.LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
+        self.dropout = Dropout(dropout_rate)
+
+    def encode(self, embedded: jax.Array, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """Encodes packed histories whose items are embedded already.
+
+        Args:
+          embedded: shape (rows, row_length, embedding_dim), the rows of ``item_embedding`` for ``batch.inputs``.
+          batch: where the tokens stand; all but ``inputs`` and ``targets``.
+          key: random key for dropout; None: evaluation.
+
+        Returns:
+          Shape (rows, row_length, embedding_dim): at each token, what predicts the next one.
+        """
+        keys = split_keys(key, len(self.blocks) + 1)
+        x = embedded * jnp.sqrt(embedded.shape[-1]).astype(embedded.dtype) + self.position_embedding(batch.positions)
+        x = self.dropout(x, keys[0])
+        bias = attention_bias(batch.segments, causal=True)
+        if self.attend_padding:
+            bias = jnp.concatenate([bias, padding_bias(batch.padding)], axis=-1)
+        for block, block_key in zip(self.blocks, keys[1:], strict=True):
+            x = block(x, bias, block_key)
+        return self.norm(x)
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """Encodes packed histories, see :meth:`encode`."""
+        return self.encode(self.item_embedding(batch.inputs), batch, key)
+
+    def item_vectors(self) -> jax.Array:
+        """Shape (num_items + 1, embedding_dim): scores are inner products with these."""
+        return self.item_embedding.embedding[...]

@@ -1,0 +1,123 @@
+"""Full ranking: every user's next item against the whole catalogue."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.data.interactions import Interactions
+from models.data.packing import PackedSequences, pack
+from models.sasrec import SASRec
+
+PROTOCOL = "leave-one-out, full ranking over the catalogue, history not ranked, ties counted against the target"
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["packed", "newest", "targets", "seen_users", "seen_items", "chunk_starts"],
+    meta_fields=["num_users", "chunk_size", "pairs_per_chunk"],
+)
+@dataclasses.dataclass(frozen=True)
+class FullRanking:
+    """An evaluation set on the device. Users are scored in chunks, so scores of users × items never exist whole.
+
+    Attributes:
+      packed: every user's history.
+      newest: shape (chunks, chunk_size), int32, where each user's newest token is among all tokens of ``packed``.
+      targets: shape (chunks, chunk_size), int32, the item to find.
+      seen_users: shape (pairs,), int32, user of each distinct (user, item in the history) pair, ascending.
+      seen_items: shape (pairs,), int32.
+      chunk_starts: shape (chunks + 1,), int32, where each chunk's pairs begin.
+      num_users: number of users; the last chunk is filled up with the last user.
+      chunk_size: users scored at once.
+      pairs_per_chunk: the largest number of pairs of one chunk.
+    """
+
+    packed: PackedSequences
+    newest: jax.Array
+    targets: jax.Array
+    seen_users: jax.Array
+    seen_items: jax.Array
+    chunk_starts: jax.Array
+    num_users: int
+    chunk_size: int
+    pairs_per_chunk: int
+
+    @classmethod
+    def prepare(
+        cls,
+        history: Interactions,
+        targets: np.ndarray,
+        *,
+        max_length: int,
+        batch_size: int = 512,
+        chunk_size: int = 256,
+    ) -> "FullRanking":
+        """Packs the histories and collects what is not to be ranked.
+
+        Args:
+          history: what is known of each user; nobody's may be empty.
+          targets: shape (users,), the item that follows.
+          max_length: the longest history the model takes.
+          batch_size: users encoded at once, on average.
+          chunk_size: users scored at once; a chunk needs ``chunk_size`` × items numbers.
+        """
+        packed = pack(history, max_length=max_length, batch_size=batch_size, with_targets=False)
+        slot, step, length = (np.asarray(x) for x in (packed.slot, packed.step, packed.slot_length))
+        last = np.flatnonzero((slot.ravel() >= 0) & (step.ravel() == length[slot.ravel()] - 1))
+        newest = np.empty(history.num_users, np.int32)
+        newest[np.asarray(packed.user)[slot.ravel()[last]]] = last
+
+        users = np.repeat(np.arange(history.num_users), history.lengths)
+        pairs = np.unique(users * (history.num_items + 1) + history.items)
+        users, items = np.divmod(pairs, history.num_items + 1)
+        chunks = -(-history.num_users // chunk_size)
+        starts = np.searchsorted(users, np.arange(chunks + 1) * chunk_size)
+        pairs_per_chunk = int(np.diff(starts).max())
+
+        def chunked(values: np.ndarray) -> jax.Array:
+            filled = np.pad(values, (0, chunks * chunk_size - history.num_users), mode="edge")
+            return jnp.asarray(filled.reshape(chunks, chunk_size), jnp.int32)
+
+        # A slice of fixed length behind the last chunk's start must stay in bounds.
+        behind = (0, pairs_per_chunk)
+        return cls(
+            packed=packed,
+            newest=chunked(newest),
+            targets=chunked(targets),
+            seen_users=jnp.asarray(np.pad(users, behind, constant_values=-1), jnp.int32),
+            seen_items=jnp.asarray(np.pad(items, behind), jnp.int32),
+            chunk_starts=jnp.asarray(starts, jnp.int32),
+            num_users=history.num_users,
+            chunk_size=chunk_size,
+            pairs_per_chunk=pairs_per_chunk,
+        )
+
+    def ranks(self, model: SASRec) -> jax.Array:
+        """Ranks every user's target: shape (users,), int32, 0 for the first place.
+
+        An item in the history is not ranked, unless it is the target. Items with the target's score count as better,
+        and so does everything that cannot be compared: a model that returns NaN finds nothing.
+        """
+        hidden = jax.lax.map(lambda i: model(self.packed.batch(i)), jnp.arange(self.packed.num_batches))
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        vectors = model.item_vectors()
+
+        def rank(chunk: jax.Array) -> jax.Array:
+            scores = hidden[self.newest[chunk]] @ vectors.T
+            targets = self.targets[chunk]
+            score = jnp.take_along_axis(scores, targets[:, None], axis=1)
+            # "not smaller" rather than "larger or equal": NaN is neither.
+            ahead = jnp.sum(~(scores[:, 1:] < score), axis=1)
+            pairs = self.chunk_starts[chunk] + jnp.arange(self.pairs_per_chunk)
+            user = self.seen_users[pairs] - chunk * self.chunk_size
+            item = self.seen_items[pairs]
+            inside = (user >= 0) & (user < self.chunk_size)
+            user = jnp.where(inside, user, 0)
+            hidden_ahead = inside & (item != targets[user]) & ~(scores[user, item] < score[user, 0])
+            return ahead - 1 - jax.ops.segment_sum(hidden_ahead.astype(jnp.int32), user, self.chunk_size)
+
+        ranks = jax.lax.map(rank, jnp.arange(len(self.newest)))
+        return ranks.reshape(-1)[: self.num_users]

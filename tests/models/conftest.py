@@ -1,0 +1,11 @@
+"""Settings for the tests of the models."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compile_once(tmp_path_factory):
+    """Many tests compile the same small training step: the second time it comes from a folder."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp() / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,119 @@
+import subprocess
+import sys
+
+import pytest
+
+from models.__main__ import main
+from models.training import loop
+
+SMALL = ["--epochs", "2", "--eval-every", "1", "--batch-size", "8", "--embedding-dim", "8", "--max-length", "6"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("".join(f"{u} {' '.join(str(1 + (3 * u + i) % 20) for i in range(6))}\n" for u in range(1, 21)))
+    return path
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_train(data, tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    status, printed, _ = run(capsys, "train", "--data", data, "--optimizer", "adamw", "--output-dir", out, *SMALL)
+    assert status == 0
+    assert "20 users, 20 items, 120 interactions" in printed
+    assert "test: HR@1 0." in printed
+    assert "leave-one-out, full ranking" in printed
+    assert {path.name for path in out.iterdir()} == {"result.json", "history.jsonl", "curve.png"}
+
+
+def test_compare(data, tmp_path, capsys):
+    status, printed, _ = run(capsys, "compare", "--data", data, "--output-dir", tmp_path / "out", *SMALL)
+    assert status == 0
+    assert printed.rstrip().endswith("compare.png")
+    assert all(name in printed for name in ["adamw", "sevo-adamw", "sevo-gradient"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no interactions"),
+        ("1 2 3 4\n2 3 four 5\n", "line 2: 'four' is no integer id"),
+        ("1 2 3 4\n2 3 4\n", "user 2 of 2 has 2 interactions"),
+        ("1 1 2 3\n", "no user has two interactions to train on"),
+        ("1 1 2 1 3 1 2\n", "user 1 has interacted with all 3 items"),
+    ],
+)
+def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
+    path = tmp_path / "bad.txt"
+    path.write_text(text)
+    status, _, err = run(capsys, "train", "--data", path, "--output-dir", tmp_path / "out")
+    assert status == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "no/such.txt"], "no/such.txt does not exist"),
+        (["train", "--data", "/"], "/ is a folder"),
+        (["train", "--epoch", "3"], "--epoch"),
+        (["train", "--optimizer", "sgd"], "invalid choice 'sgd'"),
+        (["train", "--epochs", "many"], "--epochs: invalid literal"),
+        (["train", "--epochs"], "Missing value for argument '--epochs'"),
+        (["train", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["train", "--dropout-rate", "1"], "dropout_rate must lie in [0, 1), got 1.0"),
+        (["train", "--weight-decay", "-1"], "weight_decay must be at least 0, got -1.0"),
+        (["train", "--learning-rate", "0"], "learning_rate must be larger than 0"),
+        (["train", "--beta", "1"], "beta must lie in [0, 1), got 1.0"),
+        (["train", "--num-heads", "5"], "num_heads must divide embedding_dim, got 5 and 64"),
+        (["fly"], "fly"),
+        ([], "{train,compare}"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert message.replace(" ", "") in err.replace(" ", "")
+    assert err.count("\n") == 1
+    assert len(err) < 300
+
+
+def test_an_output_folder_that_is_a_file(data, capsys):
+    status, _, err = run(capsys, "train", "--data", data, "--output-dir", data)
+    assert status == 2
+    assert "output_dir" in err
+
+
+def test_no_traceback_from_the_real_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "models", "train", "--data", str(tmp_path / "none")], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data:")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    assert "Decoupled weight decay" in capsys.readouterr().out
+
+
+def test_interrupt(data, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    status, _, err = run(capsys, "train", "--data", data, "--output-dir", tmp_path / "out")
+    assert status == 130
+    assert "what was written so far is kept" in err
