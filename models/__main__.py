@@ -1,4 +1,4 @@
-"""The command line: ``python -m models train`` and ``python -m models compare``."""
+"""The command line: ``python -m models train``, ``compare`` and ``graph``."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -61,24 +61,67 @@ class Compare(TrainConfig):
         print(f"\ncurves: {self.output_dir / 'compare.png'}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """Build an item graph, describe it, and draw its degrees and, if it is small, the graph itself."""
+
+    data: Path | None = None
+    """Interactions, one line 'user item item …' a user, oldest first; left out: an embedded generator."""
+    part: Literal["train", "all"] = "train"
+    """train: without each user's last two items, as in training. all: every interaction."""
+    graph_max_length: int = 50
+    """How many of a user's interactions the graph is built from."""
+    keep: Literal["last", "first"] = "last"
+    """Which of them, if there are more."""
+    max_hops: int = 1
+    """How far apart in a history two items may be to be related."""
+    weighting: Literal["distance", "frequency"] = "distance"
+    """distance: a pair counts 1 / hops. frequency: every pair counts 1."""
+    attributes: Path | None = None
+    """A .tsv or .csv with one line an item: relate items that share an attribute, instead of co-occurrence."""
+    item_column: str = "item_id"
+    """Its column of item ids."""
+    attribute_column: str = "genres"
+    """Its column of attributes, several separated by '|'."""
+    output_dir: Path = Path("runs/graph")
+    """Folder for weights.npz, degrees.png and, for small graphs, drawing.png."""
+
+    def run(self) -> None:
+        """Builds the graph, and prints its summary and where the pictures are."""
+        from models import graphs
+
+        _make_folder(self.output_dir)
+        adjacency, title = graphs.build(**{k: v for k, v in dataclasses.asdict(self).items() if k != "output_dir"})
+        print(title)
+        for line in graphs.describe(adjacency, title, self.output_dir):
+            print(line)
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
     | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
+    | Annotated[Graph, tyro.conf.subcommand("graph", prefix_name=False)]
 )
 
 
-def _prepare(config: TrainConfig, output_dir: Path) -> "Prepared":
-    """Checks everything that can be checked before training, and says what is trained on."""
-    from models.training import loop
-
-    config.check()
+def _make_folder(output_dir: Path) -> None:
+    """Makes the output folder, or fails before anything else is done."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir: {output_dir} cannot be made ({error.strerror}); give another folder") from None
     if not os.access(output_dir, os.W_OK):
         raise ValueError(f"output_dir: {output_dir} cannot be written to; give another folder")
-    interactions = loop.load(config)
+
+
+def _prepare(config: TrainConfig, output_dir: Path) -> "Prepared":
+    """Checks everything that can be checked before training, and says what is trained on."""
+    from models.data import load
+    from models.training import loop
+
+    config.check()
+    _make_folder(output_dir)
+    interactions = load(config.data)
     print(f"{config.data or 'embedded data'}: {interactions}")
     prepared = loop.prepare(interactions, config)
     print(f"graph: {prepared.adjacency.nse:,} entries between {prepared.adjacency.shape[0]:,} nodes", flush=True)
@@ -96,7 +139,7 @@ def _one_line(box: str) -> str:
     return " ".join(text.split()).rstrip(" .")
 
 
-def _parse(arguments: Sequence[str]) -> Train | Compare:
+def _parse(arguments: Sequence[str]) -> Train | Compare | Graph:
     """Parses the command line.
 
     Raises:
@@ -109,7 +152,7 @@ def _parse(arguments: Sequence[str]) -> Train | Compare:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    command = arguments[0] if arguments and arguments[0] in ("train", "compare") else ""
+    command = arguments[0] if arguments and arguments[0] in ("train", "compare", "graph") else ""
     raise ValueError(f"{_one_line(framed.getvalue())}; see {' '.join([PROGRAM, *command.split(), '--help'])}")
 
 

@@ -5,6 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from models.data.interactions import Interactions
+from models.data.synthetic import drifting_interests
+
+
+def load(path: str | Path | None) -> Interactions:
+    """Reads a file of sequences, or generates the embedded data if there is no path."""
+    return drifting_interests() if path is None else read_sequences(path)
 
 
 def read_sequences(path: str | Path) -> Interactions:

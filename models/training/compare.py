@@ -29,7 +29,7 @@ def compare(prepared: Prepared, config: TrainConfig, output_dir: Path) -> list[R
         ]
         for result in results
     }
-    from models.training import plots  # matplotlib is slow to import and not needed to train
+    from models import plots  # matplotlib is slow to import and not needed to train
 
     source = "embedded data" if config.data is None else config.data.stem
     plots.validation_curves(curves, output_dir / "compare.png", title=f"{config.model} on {source}")

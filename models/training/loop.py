@@ -16,14 +16,14 @@ from flax import nnx
 from tqdm import tqdm
 
 from models import metrics
-from models.data import Interactions, LeaveOneOut, UnseenItems, drifting_interests, leave_one_out, pack, read_sequences
+from models.data import Interactions, LeaveOneOut, UnseenItems, leave_one_out, pack
+from models.graphs import item_cooccurrence
 from models.losses import binary_cross_entropy
 from models.sasrec import SASRec
 from models.training.config import ModelConfig, Optimizer, TrainConfig
 from models.training.evaluation import PROTOCOL, FullRanking
 from models.training.files import write_json, write_text
 from models.training.optimizers import make_optimizer
-from sevo_optax import graph
 
 SELECTION = "NDCG@10"
 DESCRIPTION = f"{PROTOCOL}; tested at the epoch with the best validation {SELECTION}"
@@ -85,11 +85,6 @@ class Result:
     device: str
 
 
-def load(config: TrainConfig) -> Interactions:
-    """Reads the file that the configuration names, or generates the embedded data."""
-    return drifting_interests() if config.data is None else read_sequences(config.data)
-
-
 def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
     """Splits, packs and copies to the device; builds the graph from the training part alone."""
     split = leave_one_out(interactions)
@@ -101,12 +96,7 @@ def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
         unseen=UnseenItems.from_interactions(split.train),
         validation=ranking(split.validation_history, split.validation),
         test=ranking(split.test_history, split.test),
-        adjacency=graph.cooccurrence(
-            (split.train.items, split.train.offsets),
-            interactions.num_items + 1,
-            max_length=config.graph_max_length,
-            max_hops=config.max_hops,
-        ),
+        adjacency=item_cooccurrence(split.train, graph_max_length=config.graph_max_length, max_hops=config.max_hops),
     )
 
 
@@ -231,7 +221,7 @@ def train(prepared: Prepared, config: TrainConfig, optimizer: Optimizer, output_
         device=str(jax.devices()[0].device_kind),
     )
     if output_dir is not None:
-        from models.training import plots  # matplotlib is slow to import and not needed to train
+        from models import plots  # matplotlib is slow to import and not needed to train
 
         plots.validation_curves({optimizer: curve}, output_dir / "curve.png")
         write_json(output_dir / "result.json", dataclasses.asdict(result))

@@ -5,6 +5,7 @@ import pytest
 
 from models.__main__ import main
 from models.training import loop
+from sevo_optax import graph
 
 SMALL = ["--epochs", "2", "--eval-every", "1", "--batch-size", "8", "--embedding-dim", "8", "--max-length", "6"]
 
@@ -117,3 +118,57 @@ def test_interrupt(data, tmp_path, monkeypatch, capsys):
     status, _, err = run(capsys, "train", "--data", data, "--output-dir", tmp_path / "out")
     assert status == 130
     assert "what was written so far is kept" in err
+
+
+def test_graph(data, tmp_path, capsys):
+    status, printed, _ = run(capsys, "graph", "--data", data, "--output-dir", tmp_path / "out", "--max-hops", 2)
+    assert status == 0
+    assert "nodes       21 (1 isolated)" in printed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"weights.npz", "degrees.png", "drawing.png"}
+    train = graph.load(tmp_path / "out" / "weights.npz")
+
+    run(capsys, "graph", "--data", data, "--output-dir", tmp_path / "all", "--max-hops", 2, "--part", "all")
+    assert graph.load(tmp_path / "all" / "weights.npz").sum() > train.sum()
+
+
+def test_a_large_graph_is_not_drawn(tmp_path, capsys):
+    (tmp_path / "drawing.png").write_bytes(b"of an earlier graph")
+    status, printed, _ = run(capsys, "graph", "--output-dir", tmp_path)
+    assert status == 0
+    assert "no drawing: 1,001 nodes are more than 300" in printed
+    assert not (tmp_path / "drawing.png").exists()
+
+
+def test_graph_of_attributes(data, tmp_path, capsys):
+    table = tmp_path / "items.tsv"
+    table.write_text("item_id\tgenres\n1\tDrama|War\n2\tWar\n3\t\n4\tComedy|Drama\n")
+    out = tmp_path / "out"
+    status, printed, _ = run(capsys, "graph", "--data", data, "--attributes", table, "--output-dir", out)
+    assert status == 0
+    assert "items that share genres" in printed
+    weights = graph.load(out / "weights.npz").todense()
+    assert weights[1, 2] == weights[1, 4] == 1
+    assert weights.sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("item_id\tgenres\n1\tDrama\n", ["--attribute-column", "mood"], "has no column 'mood'; it has item_id, genres"),
+        ("item_id\tgenres\nx\tDrama\n", [], "must hold integer ids"),
+        ("item_id\tgenres\n1\t\n", [], "no item of"),
+        ("item_id\tgenres\n99\tDrama\n", [], "99"),
+        ("", [], "cannot be read as a table"),
+        (None, [], "does not exist"),
+    ],
+)
+def test_bad_attributes(data, tmp_path, capsys, text, options, message):
+    table = tmp_path / "items.tsv"
+    if text is not None:
+        table.write_text(text)
+    status, _, err = run(
+        capsys, "graph", "--data", data, "--attributes", table, "--output-dir", tmp_path / "out", *options
+    )
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
