@@ -37,7 +37,8 @@ class Train(TrainConfig):
         """Trains, and prints where the results are."""
         from models.training import loop
 
-        result = loop.train(_prepare(self, self.output_dir), self, self.optimizer, self.output_dir)
+        config = self.resolved()
+        result = loop.train(_prepare(config, self.output_dir), config, self.optimizer, self.output_dir)
         print(f"best epoch {result.best_epoch}, {result.epoch_seconds:.2f} s an epoch, {result.total_seconds:.0f} s")
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in result.test.items()))
         print(f"({result.protocol})")
@@ -55,7 +56,8 @@ class Compare(TrainConfig):
         """Trains three times, and prints the table and where the picture is."""
         from models.training import compare
 
-        results = compare.compare(_prepare(self, self.output_dir), self, self.output_dir)
+        config = self.resolved()
+        results = compare.compare(_prepare(config, self.output_dir), config, self.output_dir)
         print(f"\ntest metrics ({results[0].protocol}):\n")
         print(compare.table(results))
         print(f"\ncurves: {self.output_dir / 'compare.png'}")
@@ -119,7 +121,6 @@ def _prepare(config: TrainConfig, output_dir: Path) -> "Prepared":
     from models.data import load
     from models.training import loop
 
-    config.check()
     _make_folder(output_dir)
     interactions = load(config.data)
     print(f"{config.data or 'embedded data'}: {interactions}")
@@ -134,6 +135,7 @@ def _one_line(box: str) -> str:
     for advice in ["For full helptext", "Argument helptext", "Arguments are applied", "Perhaps you meant"]:
         text = text.split(advice)[0]
     text = re.sub(r"\(applied to [^)]*\)", "", text)
+    text = re.sub(r"no type matching .* - <class '\w+'>: ", "", text)  # an option that may be left out
     for title in ["Unrecognized options", "Value error", "Missing argument", "Missing subcommand", "Invalid choice"]:
         text = text.removeprefix(title).strip()
     return " ".join(text.split()).rstrip(" .")

@@ -16,15 +16,16 @@ LARGEST_DRAWING = 300
 def item_cooccurrence(
     interactions: Interactions,
     *,
+    num_nodes: int,
     graph_max_length: int,
     max_hops: int,
     keep: Literal["last", "first"] = "last",
     weighting: Literal["distance", "frequency"] = "distance",
 ) -> BCOO:
-    """Co-occurrence weights over the rows of an item table: node 0, the padding, is isolated."""
+    """Co-occurrence weights over the ``num_nodes`` rows of an item table: rows that are no items are isolated."""
     return graph.cooccurrence(
         (interactions.items, interactions.offsets),
-        interactions.num_items + 1,
+        num_nodes,
         max_length=graph_max_length,
         keep=keep,
         max_hops=max_hops,
@@ -61,7 +62,12 @@ def build(
     if part == "train":
         interactions = leave_one_out(interactions).train
     weights = item_cooccurrence(
-        interactions, graph_max_length=graph_max_length, max_hops=max_hops, keep=keep, weighting=weighting
+        interactions,
+        num_nodes=interactions.num_items + 1,
+        graph_max_length=graph_max_length,
+        max_hops=max_hops,
+        keep=keep,
+        weighting=weighting,
     )
     what = "training interactions" if part == "train" else "all interactions"
     return (

@@ -9,6 +9,9 @@ from flax import nnx
 # Added to a blocked score. Finite, so that a row with nothing to attend to gives no NaN.
 BLOCKED = -1e9
 
+# PyTorch draws query, key and value as one (3 · dim, dim) matrix, xavier-uniform; published models inherit that.
+stacked_xavier_uniform = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+
 
 class Dropout(nnx.Module):
     """Dropout with an explicit key; without a key it does nothing.

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.data.interactions import Interactions
 from models.data.packing import Batch
-from models.layers import Attention, Dropout, attention_bias, padding_bias, split_keys
+from models.layers import Attention, Dropout, attention_bias, padding_bias, split_keys, stacked_xavier_uniform
 
-# Published initialisation. Embeddings and the output projection are xavier-normal; query, key and value are one stacked
-# (3 · dim, dim) matrix there, drawn xavier-uniform; the feed-forward part keeps the default of a PyTorch convolution.
+# The published initialisation: embeddings and the attention's output projection are xavier-normal, the feed-forward
+# part keeps the default of a PyTorch convolution.
 xavier_normal = nnx.initializers.xavier_normal()
-stacked_xavier_uniform = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 fan_in_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -83,7 +83,8 @@ class SASRec(nnx.Module):
       Kang and McAuley, `Self-Attentive Sequential Recommendation <https://arxiv.org/abs/1808.09781>`_, 2018
     """
 
-    # Where the item table is: what ``sevo`` and ``sevo_adamw`` are given as ``tables``.
+    predicts_next = True
+    num_special = 1
     item_tables = ("item_embedding",)
 
     def __init__(
@@ -104,6 +105,25 @@ class SASRec(nnx.Module):
         self.blocks = nnx.List([Block(embedding_dim, num_heads, dropout_rate, rngs=rngs) for _ in range(num_blocks)])
         self.norm = nnx.LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
         self.dropout = Dropout(dropout_rate)
+
+    @staticmethod
+    def queries(history: Interactions) -> Interactions:
+        """The histories themselves: the newest item's encoding scores the next one."""
+        return history
+
+    def targets_at_most(self, num_tokens: int) -> int:
+        """Every token has a target."""
+        return num_tokens
+
+    def corrupt(self, batch: Batch, key: jax.Array) -> Batch:
+        """Nothing: the model learns from what it sees."""
+        del key
+        return batch
+
+    def embed(self, inputs: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Looks up inputs and candidates in one gather, so that the table's gradient is one scatter."""
+        both = self.item_embedding(jnp.concatenate([inputs[None], candidates]))
+        return both[0], both[1:], jnp.zeros((), both.dtype)
 
     def encode(self, embedded: jax.Array, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """Encodes packed histories whose items are embedded already.
@@ -130,6 +150,7 @@ class SASRec(nnx.Module):
         """Encodes packed histories, see :meth:`encode`."""
         return self.encode(self.item_embedding(batch.inputs), batch, key)
 
-    def item_vectors(self) -> jax.Array:
-        """Shape (num_items + 1, embedding_dim): scores are inner products with these."""
-        return self.item_embedding.embedding[...]
+    def output_layer(self) -> tuple[jax.Array, jax.Array]:
+        """Weight (num_items + 1, embedding_dim) and bias (num_items + 1,) of the scores: the item table, and zeros."""
+        table = self.item_embedding.embedding[...]
+        return table, jnp.zeros(len(table), table.dtype)

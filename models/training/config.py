@@ -1,12 +1,35 @@
-"""Configuration of a training run. The defaults are the paper's settings for SASRec on Beauty."""
+"""Configuration of a training run. The defaults are the paper's settings for the model on Beauty."""
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-Model = Literal["sasrec"]
+Model = Literal["sasrec", "bert4rec"]
+Loss = Literal["bce", "ce"]
 Optimizer = Literal["adamw", "sevo-adamw", "sevo-gradient"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+
+# What differs between the models in the paper's settings for Beauty; a field that is None takes its value from here.
+PUBLISHED: dict[Model, dict[str, Any]] = {
+    "sasrec": {
+        "num_heads": 1,
+        "dropout_rate": 0.3,
+        "loss": "bce",
+        "learning_rate": 1e-3,
+        "b2": 0.98,
+        "epochs": 200,
+        "batch_size": 512,
+    },
+    "bert4rec": {
+        "num_heads": 4,
+        "dropout_rate": 0.2,
+        "loss": "ce",
+        "learning_rate": 5e-4,
+        "b2": 0.95,
+        "epochs": 500,
+        "batch_size": 256,
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,24 +52,32 @@ class ModelConfig:
     """Width of embeddings and layers."""
     num_blocks: int = 2
     """Number of attention blocks."""
-    num_heads: int = 1
-    """Attention heads a block; divides embedding_dim."""
-    dropout_rate: float = 0.3
-    """Dropout on embeddings, attention weights and feed-forward parts."""
+    num_heads: int | None = None
+    """Attention heads a block; divides embedding_dim (left out: 1 for sasrec, 4 for bert4rec)."""
+    dropout_rate: float | None = None
+    """Dropout on embeddings, attention weights and feed-forward parts (left out: 0.3, 0.2)."""
     attend_padding: bool = True
-    """Whether attention also sees the blank places in front of a short history, as the published code's does."""
+    """sasrec: whether attention also sees the blank places in front of a history, as the published code's does."""
+    mask_probability: float = 0.5
+    """bert4rec: probability that a training token is masked."""
+    mask_last_probability: float = 0.0
+    """bert4rec: probability that of a training sequence only the newest item is masked."""
+    tie_output: bool = False
+    """bert4rec: whether the output layer shares the item table's weight."""
+    loss: Loss | None = None
+    """bce: one random unseen item a target. ce: softmax over the catalogue (left out: bce, ce)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """How to update the parameters, whichever optimizer is chosen."""
 
-    learning_rate: float = 1e-3
-    """Step size."""
+    learning_rate: float | None = None
+    """Step size (left out: 0.001 for sasrec, 0.0005 for bert4rec)."""
     b1: float = 0.9
     """Decay rate of the first moment."""
-    b2: float = 0.98
-    """Decay rate of the second moment."""
+    b2: float | None = None
+    """Decay rate of the second moment (left out: 0.98, 0.95)."""
     weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
     beta: float = 0.99
@@ -63,21 +94,27 @@ class OptimizerConfig:
 class TrainConfig(OptimizerConfig, ModelConfig, DataConfig):
     """A training run."""
 
-    epochs: int = 200
-    """Passes over the training sequences."""
-    batch_size: int = 512
-    """Users in a batch, on average: sequences are packed, and batches hold equally many rows."""
+    epochs: int | None = None
+    """Passes over the training sequences (left out: 200, 500)."""
+    batch_size: int | None = None
+    """Users in a batch, on average: sequences are packed, and batches hold equally many rows (left out: 512, 256)."""
     eval_every: int = 5
     """Epochs between two evaluations on the validation items."""
     seed: int = 0
     """Seed of initialisation, shuffling, negatives and dropout."""
 
-    def check(self) -> None:
-        """Checks the ranges that nothing further down checks.
+    def resolved(self) -> Self:
+        """The configuration with the model's published settings where nothing was given.
 
         Raises:
-          ValueError: naming the field, the value seen and the values wanted.
+          ValueError: if a number is out of range; it names the field, the value seen and the values wanted.
         """
+        published = {name: value for name, value in PUBLISHED[self.model].items() if getattr(self, name) is None}
+        config = dataclasses.replace(self, **published)
+        config._check()
+        return config
+
+    def _check(self) -> None:
         positive = ["max_length", "embedding_dim", "num_heads", "graph_max_length", "max_hops", "epochs", "batch_size"]
         for name in [*positive, "eval_every"]:
             if getattr(self, name) < 1:

@@ -9,7 +9,7 @@ import numpy as np
 
 from models.data.interactions import Interactions
 from models.data.packing import PackedSequences, pack
-from models.sasrec import SASRec
+from models.recommender import Recommender
 
 PROTOCOL = "leave-one-out, full ranking over the catalogue, history not ranked, ties counted against the target"
 
@@ -17,7 +17,7 @@ PROTOCOL = "leave-one-out, full ranking over the catalogue, history not ranked, 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["packed", "newest", "targets", "seen_users", "seen_items", "chunk_starts"],
-    meta_fields=["num_users", "chunk_size", "pairs_per_chunk"],
+    meta_fields=["num_users", "num_items", "chunk_size", "pairs_per_chunk"],
 )
 @dataclasses.dataclass(frozen=True)
 class FullRanking:
@@ -31,6 +31,7 @@ class FullRanking:
       seen_items: shape (pairs,), int32.
       chunk_starts: shape (chunks + 1,), int32, where each chunk's pairs begin.
       num_users: number of users; the last chunk is filled up with the last user.
+      num_items: size of the catalogue.
       chunk_size: users scored at once.
       pairs_per_chunk: the largest number of pairs of one chunk.
     """
@@ -42,6 +43,7 @@ class FullRanking:
     seen_items: jax.Array
     chunk_starts: jax.Array
     num_users: int
+    num_items: int
     chunk_size: int
     pairs_per_chunk: int
 
@@ -51,6 +53,7 @@ class FullRanking:
         history: Interactions,
         targets: np.ndarray,
         *,
+        model: type[Recommender],
         max_length: int,
         batch_size: int = 512,
         chunk_size: int = 256,
@@ -60,11 +63,13 @@ class FullRanking:
         Args:
           history: what is known of each user; nobody's may be empty.
           targets: shape (users,), the item that follows.
-          max_length: the longest history the model takes.
+          model: the kind of model, which decides what follows the history in its inputs.
+          max_length: the longest sequence the model takes.
           batch_size: users encoded at once, on average.
           chunk_size: users scored at once; a chunk needs ``chunk_size`` × items numbers.
         """
-        packed = pack(history, max_length=max_length, batch_size=batch_size, with_targets=False)
+        queries = model.queries(history)
+        packed = pack(queries, max_length=max_length, batch_size=batch_size, with_targets=False)
         slot, step, length = (np.asarray(x) for x in (packed.slot, packed.step, packed.slot_length))
         last = np.flatnonzero((slot.ravel() >= 0) & (step.ravel() == length[slot.ravel()] - 1))
         newest = np.empty(history.num_users, np.int32)
@@ -91,11 +96,12 @@ class FullRanking:
             seen_items=jnp.asarray(np.pad(items, behind), jnp.int32),
             chunk_starts=jnp.asarray(starts, jnp.int32),
             num_users=history.num_users,
+            num_items=history.num_items,
             chunk_size=chunk_size,
             pairs_per_chunk=pairs_per_chunk,
         )
 
-    def ranks(self, model: SASRec) -> jax.Array:
+    def ranks(self, model: Recommender) -> jax.Array:
         """Ranks every user's target: shape (users,), int32, 0 for the first place.
 
         An item in the history is not ranked, unless it is the target. Items with the target's score count as better,
@@ -103,14 +109,14 @@ class FullRanking:
         """
         hidden = jax.lax.map(lambda i: model(self.packed.batch(i)), jnp.arange(self.packed.num_batches))
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        vectors = model.item_vectors()
+        weight, bias = model.output_layer()
 
         def rank(chunk: jax.Array) -> jax.Array:
-            scores = hidden[self.newest[chunk]] @ vectors.T
+            scores = hidden[self.newest[chunk]] @ weight.T + bias
             targets = self.targets[chunk]
             score = jnp.take_along_axis(scores, targets[:, None], axis=1)
             # "not smaller" rather than "larger or equal": NaN is neither.
-            ahead = jnp.sum(~(scores[:, 1:] < score), axis=1)
+            ahead = jnp.sum(~(scores[:, 1 : self.num_items + 1] < score), axis=1)
             pairs = self.chunk_starts[chunk] + jnp.arange(self.pairs_per_chunk)
             user = self.seen_users[pairs] - chunk * self.chunk_size
             item = self.seen_items[pairs]

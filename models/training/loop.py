@@ -18,9 +18,9 @@ from tqdm import tqdm
 from models import metrics
 from models.data import Interactions, LeaveOneOut, UnseenItems, leave_one_out, pack
 from models.graphs import item_cooccurrence
-from models.losses import binary_cross_entropy
-from models.sasrec import SASRec
-from models.training.config import ModelConfig, Optimizer, TrainConfig
+from models.losses import LOSSES, LossFn
+from models.registry import MODELS, make_model
+from models.training.config import Optimizer, TrainConfig
 from models.training.evaluation import PROTOCOL, FullRanking
 from models.training.files import write_json, write_text
 from models.training.optimizers import make_optimizer
@@ -87,34 +87,31 @@ class Result:
 
 def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
     """Splits, packs and copies to the device; builds the graph from the training part alone."""
+    kind = MODELS[config.model]
     split = leave_one_out(interactions)
-    ranking = partial(FullRanking.prepare, max_length=config.max_length)
+    ranking = partial(FullRanking.prepare, model=kind, max_length=config.max_length)
     return Prepared(
         interactions=interactions,
         split=split,
-        packed=pack(split.train, max_length=config.max_length, batch_size=config.batch_size),
+        packed=pack(
+            split.train,
+            max_length=config.max_length,
+            batch_size=config.batch_size,
+            with_targets=kind.predicts_next,
+        ),
         unseen=UnseenItems.from_interactions(split.train),
         validation=ranking(split.validation_history, split.validation),
         test=ranking(split.test_history, split.test),
-        adjacency=item_cooccurrence(split.train, graph_max_length=config.graph_max_length, max_hops=config.max_hops),
+        adjacency=item_cooccurrence(
+            split.train,
+            num_nodes=interactions.num_items + kind.num_special,
+            graph_max_length=config.graph_max_length,
+            max_hops=config.max_hops,
+        ),
     )
 
 
-def make_model(config: ModelConfig, *, num_items: int, max_length: int, seed: int) -> SASRec:
-    """Builds a freshly initialised model."""
-    return SASRec(
-        num_items,
-        max_length=max_length,
-        embedding_dim=config.embedding_dim,
-        num_blocks=config.num_blocks,
-        num_heads=config.num_heads,
-        dropout_rate=config.dropout_rate,
-        attend_padding=config.attend_padding,
-        rngs=nnx.Rngs(seed),
-    )
-
-
-def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation) -> Callable[..., Any]:
+def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: LossFn) -> Callable[..., Any]:
     """Compiles one epoch: ``epoch(params, opt_state, packed, unseen, key) -> params, opt_state, losses``.
 
     The losses have shape (batches,). Parameters and optimizer state are donated.
@@ -129,12 +126,12 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation) -> Call
             params, opt_state = carry
 
             def loss_fn(params: Any) -> jax.Array:
-                model = nnx.merge(graphdef, params)
-                return binary_cross_entropy(model, packed.batch(index), unseen, jax.random.fold_in(step_key, index))
+                key = jax.random.fold_in(step_key, index)
+                return loss(nnx.merge(graphdef, params), packed.batch(index), unseen, key)
 
-            loss, grads = jax.value_and_grad(loss_fn)(params)
+            value, grads = jax.value_and_grad(loss_fn)(params)
             updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
+            return (optax.apply_updates(params, updates), opt_state), value
 
         (params, opt_state), losses = jax.lax.scan(step, (params, opt_state), jnp.arange(packed.num_batches))
         return params, opt_state, losses
@@ -147,7 +144,7 @@ def train(prepared: Prepared, config: TrainConfig, optimizer: Optimizer, output_
 
     Args:
       prepared: the data.
-      config: the run.
+      config: the run, resolved.
       optimizer: which optimizer.
       output_dir: where ``history.jsonl`` grows during the run and ``result.json`` and ``curve.png`` appear at its end;
         None: nothing is written.
@@ -165,7 +162,7 @@ def train(prepared: Prepared, config: TrainConfig, optimizer: Optimizer, output_
     graphdef, params = nnx.split(model, nnx.Param)
     tx = make_optimizer(optimizer, config, prepared.adjacency, model.item_tables)
     opt_state = tx.init(params)
-    epoch_fn = make_epoch(graphdef, tx)
+    epoch_fn = make_epoch(graphdef, tx, LOSSES[config.loss])
     rank_fn = jax.jit(lambda params, ranking: ranking.ranks(nnx.merge(graphdef, params)))
 
     if output_dir is not None:

@@ -76,7 +76,7 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["train", "--beta", "1"], "beta must lie in [0, 1), got 1.0"),
         (["train", "--num-heads", "5"], "num_heads must divide embedding_dim, got 5 and 64"),
         (["fly"], "fly"),
-        ([], "{train,compare}"),
+        ([], "Expected one of {train, compare"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):

@@ -16,7 +16,7 @@ def naive_ranks(model, history, targets, max_length):
     graphdef, params = nnx.split(model)
     encode = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
     ranks = []
-    table = np.asarray(model.item_vectors())
+    table = np.asarray(model.output_layer()[0])
     for sequence, target in zip(history, targets, strict=True):
         known = sequence[-max_length:]
         hidden = np.asarray(encode(params, alone(known, max_length)))[0, len(known) - 1]
@@ -34,7 +34,7 @@ def split():
 def test_ranks_equal_sorting_by_hand(split, max_length, chunk_size):
     model = SASRec(40, max_length=max_length, embedding_dim=8, rngs=nnx.Rngs(0))
     ranking = FullRanking.prepare(
-        split.test_history, split.test, max_length=max_length, batch_size=20, chunk_size=chunk_size
+        split.test_history, split.test, model=SASRec, max_length=max_length, batch_size=20, chunk_size=chunk_size
     )
     expected = naive_ranks(model, split.test_history, split.test, max_length)
     assert np.asarray(ranking.ranks(model)).tolist() == expected
@@ -49,15 +49,15 @@ class Constant(nnx.Module):
     def __call__(self, batch, key=None):
         return jnp.ones((*batch.inputs.shape, 1))
 
-    def item_vectors(self):
-        return self.vectors
+    def output_layer(self):
+        return self.vectors, jnp.zeros(len(self.vectors))
 
 
 HISTORY = Interactions.from_sequences([[1, 2, 2], [6]], num_items=6)
 
 
 def ranks(scores, targets):
-    ranking = FullRanking.prepare(HISTORY, np.array(targets), max_length=4)
+    ranking = FullRanking.prepare(HISTORY, np.array(targets), model=SASRec, max_length=4)
     return np.asarray(ranking.ranks(Constant(scores))).tolist()
 
 

@@ -17,13 +17,16 @@ def interactions():
     return drifting_interests(num_users=30, num_items=25, num_groups=4, mean_length=7, seed=1)
 
 
-def make_model(num_items=25, **options):
-    options = {"max_length": MAX_LENGTH, "embedding_dim": 8, "num_heads": 2, "dropout_rate": 0.5} | options
-    model = SASRec(num_items, **options, rngs=nnx.Rngs(0))
-    # Biases and scales start at 0 and 1, where mistakes in them would not show.
+def perturb(model):
+    """Moves every parameter: biases and scales start at 0 and 1, where mistakes in them would not show."""
     for i, leaf in enumerate(jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Param))):
         leaf[...] += 0.3 * jax.random.normal(jax.random.key(i), leaf.shape)
     return model
+
+
+def make_model(num_items=25, **options):
+    options = {"max_length": MAX_LENGTH, "embedding_dim": 8, "num_heads": 2, "dropout_rate": 0.5} | options
+    return perturb(SASRec(num_items, **options, rngs=nnx.Rngs(0)))
 
 
 def alone(sequence, max_length=MAX_LENGTH):
@@ -178,7 +181,7 @@ def test_loss_is_the_formula(interactions):
     got = binary_cross_entropy(model, batch, unseen, key, deterministic=True)
 
     negatives = np.asarray(unseen.sample(jax.random.split(key)[0], batch.users))
-    table, hidden = np.asarray(model.item_vectors(), np.float64), np.asarray(model(batch), np.float64)
+    table, hidden = np.asarray(model.output_layer()[0], np.float64), np.asarray(model(batch), np.float64)
     here = np.asarray(batch.targets) > 0
     positive = (hidden * table[np.asarray(batch.targets)]).sum(-1)[here]
     negative = (hidden * table[negatives]).sum(-1)[here]

@@ -11,6 +11,7 @@ from flax import nnx
 from models import metrics
 from models.data import Interactions, drifting_interests
 from models.losses import binary_cross_entropy
+from models.registry import make_model
 from models.training import compare, loop
 from models.training.config import OPTIMIZERS, TrainConfig
 from models.training.files import read_history, write_json
@@ -18,7 +19,7 @@ from models.training.optimizers import make_optimizer
 
 CONFIG = TrainConfig(
     max_length=8, embedding_dim=8, num_blocks=1, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1
-)
+).resolved()
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def prepared():
 
 
 def start(prepared, optimizer):
-    model = loop.make_model(CONFIG, num_items=40, max_length=8, seed=1)
+    model = make_model(CONFIG, num_items=40, max_length=8, seed=1)
     graphdef, params = nnx.split(model, nnx.Param)
     tx = make_optimizer(optimizer, CONFIG, prepared.adjacency, model.item_tables)
     return graphdef, params, tx, tx.init(params)
@@ -52,7 +53,9 @@ def test_an_epoch_is_its_steps_one_after_the_other(prepared, optimizer):
         expected = optax.apply_updates(expected, updates)
         losses.append(float(loss))
 
-    got, _, step_losses = loop.make_epoch(graphdef, tx)(params, opt_state, prepared.packed, prepared.unseen, key)
+    got, _, step_losses = loop.make_epoch(graphdef, tx, binary_cross_entropy)(
+        params, opt_state, prepared.packed, prepared.unseen, key
+    )
     np.testing.assert_allclose(step_losses, losses, rtol=1e-4)
     # Adam divides by the gradient's size, so where a gradient nearly cancels, rounding decides its sign.
     flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (got, expected)]
@@ -80,7 +83,7 @@ def test_the_best_epoch_is_tested(prepared, tmp_path):
 
     # Training again and stopping there ends with the parameters that were tested.
     graphdef, params, tx, opt_state = start(prepared, "sevo-gradient")
-    epoch_fn = loop.make_epoch(graphdef, tx)
+    epoch_fn = loop.make_epoch(graphdef, tx, binary_cross_entropy)
     for epoch in range(1, result.best_epoch + 1):
         key = jax.random.fold_in(jax.random.key(CONFIG.seed), epoch)
         params, opt_state, _ = epoch_fn(params, opt_state, prepared.packed, prepared.unseen, key)
@@ -128,10 +131,10 @@ def test_every_optimizer_moves_the_table_differently(prepared):
     tables = {}
     for optimizer in OPTIMIZERS:
         graphdef, params, tx, opt_state = start(prepared, optimizer)
-        params, _, _ = loop.make_epoch(graphdef, tx)(
+        params, _, _ = loop.make_epoch(graphdef, tx, binary_cross_entropy)(
             params, opt_state, prepared.packed, prepared.unseen, jax.random.key(0)
         )
-        tables[optimizer] = nnx.merge(graphdef, params).item_vectors()
+        tables[optimizer] = nnx.merge(graphdef, params).output_layer()[0]
     assert len({float(jnp.abs(table).sum()) for table in tables.values()}) == 3
     with pytest.raises(ValueError, match="optimizer must be one of adamw"):
         make_optimizer("sgd", CONFIG, prepared.adjacency, "item_embedding")

@@ -1,0 +1,188 @@
+"""BERT4Rec: self-attention over a user's history in both directions, trained to restore masked items."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.data.interactions import Interactions
+from models.data.packing import Batch
+from models.layers import Attention, Dropout, attention_bias, split_keys, stacked_xavier_uniform
+
+_xavier_normal = nnx.initializers.xavier_normal()
+
+
+def clipped_xavier_normal(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32, **_: object
+) -> jax.Array:
+    """Xavier-normal, clipped to ±0.02: the published initialisation of everything but query, key and value."""
+    return jnp.clip(_xavier_normal(key, shape, dtype), -0.02, 0.02)
+
+
+class EncoderLayer(nnx.Module):
+    r"""One layer of the post-norm Transformer encoder, with GELU and a feed-forward part four times as wide.
+
+    .. math::
+
+      h = \mathrm{LN}(x + \mathrm{Attention}(x, x, x)), \qquad y = \mathrm{LN}(h + W_2 \, \mathrm{GELU}(W_1 h))
+    """
+
+    def __init__(self, embedding_dim: int, num_heads: int, dropout_rate: float, *, rngs: nnx.Rngs) -> None:
+        linear = partial(nnx.Linear, kernel_init=clipped_xavier_normal, rngs=rngs)
+        self.attention = Attention(
+            embedding_dim,
+            num_heads,
+            dropout_rate,
+            in_init=stacked_xavier_uniform,
+            out_init=clipped_xavier_normal,
+            rngs=rngs,
+        )
+        self.attention_norm = nnx.LayerNorm(embedding_dim, epsilon=1e-5, rngs=rngs)
+        self.feed_forward_in = linear(embedding_dim, 4 * embedding_dim)
+        self.feed_forward_out = linear(4 * embedding_dim, embedding_dim)
+        self.feed_forward_norm = nnx.LayerNorm(embedding_dim, epsilon=1e-5, rngs=rngs)
+        self.dropout = Dropout(dropout_rate)
+
+    def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Maps (rows, row_length, embedding_dim) to the same shape."""
+        keys = split_keys(key, 4)
+        x = self.attention_norm(x + self.dropout(self.attention(x, x, bias, keys[0]), keys[1]))
+        hidden = self.dropout(jax.nn.gelu(self.feed_forward_in(x), approximate=False), keys[2])
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward_out(hidden), keys[3]))
+
+
+class BERT4Rec(nnx.Module):
+    """Bidirectional sequential recommendation, as trained in the SEvo paper.
+
+    Some items of a history are replaced by a mask token, and the model restores them from both sides. To recommend, a
+    mask token is appended to the history. An item's score is a linear function of the encoded mask token: by default of
+    a separate output layer, whose weight is smoothed over the same graph as the item table.
+
+    Args:
+      num_items: size of the catalogue. Items are 1 … num_items; row 0 of the table is padding, the last row the mask
+        token.
+      max_length: the longest sequence the model sees, the appended mask token included.
+      embedding_dim: width of everything.
+      num_blocks: number of encoder layers.
+      num_heads: attention heads a layer; divides ``embedding_dim``.
+      dropout_rate: dropout on embeddings, attention weights and feed-forward parts.
+      mask_probability: probability that a training token is masked.
+      mask_last_probability: probability that of a training sequence only the newest item is masked, as in recommending.
+      tie_output: whether the output layer shares the item table's weight (it keeps a bias of its own).
+      rngs: random state for the initialisation.
+
+    References:
+      Sun et al., `BERT4Rec: Sequential Recommendation with Bidirectional Encoder Representations from Transformer
+      <https://arxiv.org/abs/1904.06690>`_, 2019
+    """
+
+    predicts_next = False
+    num_special = 2
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        max_length: int = 50,
+        embedding_dim: int = 64,
+        num_blocks: int = 2,
+        num_heads: int = 4,
+        dropout_rate: float = 0.2,
+        mask_probability: float = 0.5,
+        mask_last_probability: float = 0.0,
+        tie_output: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        for name, value in {
+            "mask_probability": mask_probability,
+            "mask_last_probability": mask_last_probability,
+        }.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if mask_probability == 0 and mask_last_probability < 1:
+            raise ValueError(
+                "mask_probability must be larger than 0: without masked items there is nothing to learn from"
+            )
+        if max_length < 2:
+            raise ValueError(f"max_length must be at least 2, one item and the mask token, got {max_length}")
+        self.mask_token = num_items + 1
+        self.mask_probability = mask_probability
+        self.mask_last_probability = mask_last_probability
+        embed = partial(nnx.Embed, features=embedding_dim, embedding_init=clipped_xavier_normal, rngs=rngs)
+        self.item_embedding = embed(num_items + 2)
+        self.position_embedding = embed(max_length)
+        self.norm = nnx.LayerNorm(embedding_dim, epsilon=1e-5, rngs=rngs)
+        self.blocks = nnx.List(
+            [EncoderLayer(embedding_dim, num_heads, dropout_rate, rngs=rngs) for _ in range(num_blocks)]
+        )
+        self.output_embedding = None if tie_output else embed(num_items + 2)
+        self.output_bias = nnx.Param(jnp.zeros(num_items + 2))
+        self.dropout = Dropout(dropout_rate)
+
+    @property
+    def item_tables(self) -> tuple[str, ...]:
+        """Paths of the tables over items, each to be smoothed on its own."""
+        return ("item_embedding",) if self.output_embedding is None else ("item_embedding", "output_embedding")
+
+    def targets_at_most(self, num_tokens: int) -> int:
+        """How many of ``num_tokens`` training tokens to reserve room for: the mean and six standard deviations."""
+        p = self.mask_probability
+        likely = num_tokens * p + 6 * np.sqrt(num_tokens * p * (1 - p))
+        if self.mask_last_probability > 0:
+            return num_tokens  # sequences may be of one item, then all are masked
+        return min(num_tokens, int(np.ceil(likely)) + 1)
+
+    @staticmethod
+    def queries(history: Interactions) -> Interactions:
+        """The histories with the mask token appended, whose encoding scores the next item."""
+        ends = history.offsets[1:]
+        return Interactions(
+            items=np.insert(history.items, ends, history.num_items + 1),
+            offsets=history.offsets + np.arange(history.num_users + 1),
+            num_items=history.num_items,
+        )
+
+    def corrupt(self, batch: Batch, key: jax.Array) -> Batch:
+        """Masks items at random; targets are the masked items."""
+        token_key, last_key = jax.random.split(key)
+        filled = batch.segments > 0
+        masked = jax.random.uniform(token_key, batch.inputs.shape) < self.mask_probability
+        if self.mask_last_probability > 0:
+            max_length = self.position_embedding.num_embeddings
+            # One draw a user: the tokens of a segment share a number, and no two segments of a batch do.
+            draws = jax.random.uniform(last_key, batch.inputs.shape)
+            row = jnp.arange(batch.inputs.shape[0])[:, None]
+            first = jnp.argmax(batch.segments[:, :, None] == batch.segments[:, None, :], axis=1)
+            only_last = draws[row, first] < self.mask_last_probability
+            masked = jnp.where(only_last, batch.positions == max_length - 1, masked)
+        masked &= filled
+        return batch._replace(
+            inputs=jnp.where(masked, self.mask_token, batch.inputs), targets=jnp.where(masked, batch.inputs, 0)
+        )
+
+    def embed(self, inputs: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Looks up inputs, and the output layer's rows and biases for ``candidates``."""
+        if self.output_embedding is None:
+            both = self.item_embedding(jnp.concatenate([inputs[None], candidates]))
+            return both[0], both[1:], self.output_bias[...][candidates]
+        return self.item_embedding(inputs), self.output_embedding(candidates), self.output_bias[...][candidates]
+
+    def encode(self, embedded: jax.Array, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """Encodes packed sequences whose items are embedded already, see :meth:`models.sasrec.SASRec.encode`."""
+        keys = split_keys(key, len(self.blocks) + 1)
+        x = self.dropout(self.norm(embedded + self.position_embedding(batch.positions)), keys[0])
+        bias = attention_bias(batch.segments, causal=False)
+        for block, block_key in zip(self.blocks, keys[1:], strict=True):
+            x = block(x, bias, block_key)
+        return x
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """Encodes packed sequences, see :meth:`encode`."""
+        return self.encode(self.item_embedding(batch.inputs), batch, key)
+
+    def output_layer(self) -> tuple[jax.Array, jax.Array]:
+        """Weight (rows, embedding_dim) and bias (rows,) of the scores, row ``i`` for item ``i``."""
+        table = self.item_embedding if self.output_embedding is None else self.output_embedding
+        return table.embedding[...], self.output_bias[...]
