@@ -42,7 +42,7 @@ def binary_cross_entropy(
     negatives = unseen.sample(negative_key, batch.users)
     embedded, rows, biases = model.embed(batch.inputs, jnp.stack([batch.targets, negatives]))
     hidden = model.encode(embedded, batch, None if deterministic else dropout_key)
-    positive, negative = jnp.sum(hidden * rows, axis=-1) + biases
+    positive, negative = (jnp.sum(hidden * row, axis=-1) + bias for row, bias in zip(rows, biases, strict=True))
     losses = jax.nn.softplus(-positive) + jax.nn.softplus(negative)
     return _mean(losses, batch.targets > 0)
 

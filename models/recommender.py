@@ -32,11 +32,11 @@ class Recommender(Protocol):
         """What the model is trained on: inputs as it shall see them, and targets."""
 
     def embed(self, inputs: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Looks up inputs (rows, row_length), and the output layer for candidates (…, rows, row_length).
+        """Looks up inputs (rows, row_length), and the output layer for candidates (count, rows, row_length).
 
         Returns:
-          Embedded inputs (rows, row_length, dim), weights (…, rows, row_length, dim), and biases that broadcast to
-          ``candidates``.
+          Embedded inputs (rows, row_length, dim), weights (count, rows, row_length, dim), and biases, ``count`` of
+          them, each of which broadcasts to (rows, row_length).
         """
 
     def encode(self, embedded: jax.Array, batch: Batch, key: jax.Array | None = None) -> jax.Array:

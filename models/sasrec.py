@@ -52,12 +52,10 @@ class Block(nnx.Module):
         self.feed_forward_out = feed_forward()
         self.dropout = Dropout(dropout_rate)
 
-    def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Maps (rows, row_length, embedding_dim) to the same shape; ``bias`` may cover one blank key more."""
+    def __call__(self, x: jax.Array, bias: jax.Array, blank_bias: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        """Maps (rows, row_length, embedding_dim) to the same shape."""
         keys = split_keys(key, 3)
-        blanks = bias.shape[-1] - x.shape[1]
-        memory = jnp.pad(x, ((0, 0), (0, blanks), (0, 0)))
-        x = x + self.attention(self.attention_norm(x), memory, bias, keys[0])
+        x = x + self.attention(self.attention_norm(x), x, bias, keys[0], blank_bias=blank_bias)
         x = self.feed_forward_norm(x)
         hidden = jax.nn.relu(self.dropout(self.feed_forward_in(x), keys[1]))
         return x + self.dropout(self.feed_forward_out(hidden), keys[2])
@@ -123,7 +121,7 @@ class SASRec(nnx.Module):
     def embed(self, inputs: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Looks up inputs and candidates in one gather, so that the table's gradient is one scatter."""
         both = self.item_embedding(jnp.concatenate([inputs[None], candidates]))
-        return both[0], both[1:], jnp.zeros((), both.dtype)
+        return both[0], both[1:], jnp.zeros(len(candidates), both.dtype)
 
     def encode(self, embedded: jax.Array, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """Encodes packed histories whose items are embedded already.
@@ -140,10 +138,9 @@ class SASRec(nnx.Module):
         x = embedded * jnp.sqrt(embedded.shape[-1]).astype(embedded.dtype) + self.position_embedding(batch.positions)
         x = self.dropout(x, keys[0])
         bias = attention_bias(batch.segments, causal=True)
-        if self.attend_padding:
-            bias = jnp.concatenate([bias, padding_bias(batch.padding)], axis=-1)
+        blank_bias = padding_bias(batch.padding) if self.attend_padding else None
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x = block(x, bias, block_key)
+            x = block(x, bias, blank_bias, block_key)
         return self.norm(x)
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
