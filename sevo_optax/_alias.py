@@ -62,9 +62,8 @@ def adamw_corrected(
       >>> tx = adamw_corrected(0.1, weight_decay=0.0)
       >>> params = jnp.ones((2, 1))
       >>> updates, _ = tx.update(jnp.array([[3.0], [0.0]]), tx.init(params), params)
-      >>> print(optax.apply_updates(params, updates))
-      [[0.9]
-       [1. ]]
+      >>> [round(float(value), 3) for value in optax.apply_updates(params, updates)[:, 0]]
+      [0.9, 1.0]
     """
     return optax.chain(
         scale_by_adam_corrected(b1, b2, eps, eps_root, mu_dtype, tables=tables),

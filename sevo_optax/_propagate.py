@@ -285,8 +285,12 @@ def _series(
             tol=EXACT_TOLERANCE[np.dtype(x.dtype).name],
         )
         return solution
+    # Without the loop, a batch stays folded from one product to the next, and nothing is copied into the loop's carry.
+    unroll = True if isinstance(num_layers, int) and num_layers <= 8 else None
     if method == "iterative":
-        return jax.lax.fori_loop(0, num_layers, lambda _, y: beta * propagate(csr, y) + (1 - beta) * x, x)
+        return jax.lax.fori_loop(
+            0, num_layers, lambda _, y: beta * propagate(csr, y) + (1 - beta) * x, x, unroll=unroll
+        )
 
     # Horner's rule for Σ βˡÃˡ: one product and one fused multiply-add a term. The same recurrence on the number 1 gives
     # Σ βˡ = (1 - β^{L+1}) / (1 - β) without the cancellation of that quotient near β = 1.
@@ -294,7 +298,7 @@ def _series(
         total, norm = carry
         return x + beta * propagate(csr, total), 1 + beta * norm
 
-    total, norm = jax.lax.fori_loop(0, num_layers, term, (x, jnp.ones_like(beta)))
+    total, norm = jax.lax.fori_loop(0, num_layers, term, (x, jnp.ones_like(beta)), unroll=unroll)
     return total / norm if rescale else (1 - beta) * total
 
 

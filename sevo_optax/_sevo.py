@@ -290,8 +290,8 @@ def sevo(
     if _is_traced(adjacency):
         raise TypeError(
             "adjacency is traced, but sevo(...) checks and normalises it on the host; create the transformation "
-            "outside of jax.jit, and under optax.inject_hyperparams, which traces arrays, pass a BCOO or a scipy matrix, or "
-            "static_args=('adjacency',)"
+            "outside of jax.jit, and under optax.inject_hyperparams, which traces arrays, pass a BCOO or a scipy "
+            "matrix, or static_args=('adjacency',)"
         )
     matrix = _graph._symmetric_csr(adjacency)
     if normalize:
