@@ -26,7 +26,7 @@ import numpy as np
 import scipy.sparse
 from jax.experimental import sparse
 
-from sevo_optax import _propagate, graph
+from sevo_optax import _propagate, _weights, graph
 
 BETA = 0.99
 OURS = "sevo_optax"
@@ -57,7 +57,7 @@ def random_weights(nodes: int, edges: int) -> sparse.BCOO:
 def backends(csr: scipy.sparse.csr_array, num_layers: int) -> dict[str, Callable[[Any], Any]]:
     """For each backend a function that runs the series on a host matrix already converted by ``prepare``."""
     device = _propagate.to_device(csr, jnp.float32)
-    bcoo = graph._to_bcoo(csr)
+    bcoo = _weights.to_bcoo(csr)
 
     def series(product: Callable, x: Any) -> Any:
         total = x
@@ -129,7 +129,7 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 def report(name: str, weights: sparse.BCOO, dim: int, num_layers: int, seconds: float) -> None:
-    csr = graph._normalize_csr(graph._symmetric_csr(weights))
+    csr = _weights.normalize_csr(_weights.symmetric_csr(weights))
     nodes, edges = csr.shape[0], csr.nnz
     x = np.random.default_rng(0).normal(size=(nodes, dim)).astype(np.float32)
     runs = backends(csr, num_layers)

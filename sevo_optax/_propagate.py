@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sevo_optax import graph as _graph
+from sevo_optax import _weights
 
 Method = Literal["neumann", "iterative", "exact"]
 METHODS = get_args(Method)
@@ -71,8 +71,8 @@ def prepare(adjacency: Any, dtype: Any, normalize: bool) -> CSR:
         isinstance(part, jax.core.Tracer) for part in (adjacency.data, adjacency.indices)
     ):
         return _prepare_traced(adjacency, dtype, normalize)
-    matrix = _graph._symmetric_csr(adjacency)
-    return to_device(_graph._normalize_csr(matrix) if normalize else matrix, dtype)
+    matrix = _weights.symmetric_csr(adjacency)
+    return to_device(_weights.normalize_csr(matrix) if normalize else matrix, dtype)
 
 
 def _prepare_traced(adjacency: sparse.BCOO, dtype: Any, normalize: bool) -> CSR:

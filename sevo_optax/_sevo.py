@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sevo_optax import _propagate, _tables
-from sevo_optax import graph as _graph
+from sevo_optax import _propagate, _tables, _weights
 from sevo_optax._propagate import CSR, METHODS, Method
 from sevo_optax._tables import Tables
 
@@ -293,9 +292,9 @@ def sevo(
             "outside of jax.jit, and under optax.inject_hyperparams, which traces arrays, pass a BCOO or a scipy "
             "matrix, or static_args=('adjacency',)"
         )
-    matrix = _graph._symmetric_csr(adjacency)
+    matrix = _weights.symmetric_csr(adjacency)
     if normalize:
-        matrix = _graph._normalize_csr(matrix)
+        matrix = _weights.normalize_csr(matrix)
     num_nodes = matrix.shape[0]
 
     def init_fn(params: optax.Params) -> SEvoState:

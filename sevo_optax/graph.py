@@ -28,20 +28,27 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 from jax.experimental import sparse as jsparse
 from numpy.typing import ArrayLike
 from scipy.sparse import csgraph
 
-Adjacency: TypeAlias = (
-    jsparse.BCOO | jsparse.BCSR | scipy.sparse.sparray | scipy.sparse.spmatrix | np.ndarray | jax.Array
+from sevo_optax._weights import Adjacency as Adjacency
+from sevo_optax._weights import (
+    check_choice,
+    check_num_nodes,
+    check_positive_int,
+    check_weight_dtype,
+    first,
+    normalize_csr,
+    raw_bcoo,
+    symmetric_csr,
+    to_bcoo,
 )
-"""Whatever holds weights of shape (nodes, nodes): BCOO, BCSR, SciPy sparse, or a dense array."""
 
 COOCCURRENCE_SQL = """\
 WITH ranked AS (                               -- one row of `interactions` is one event:
@@ -76,9 +83,6 @@ GROUP BY a.item_id, b.item_id
 returns. Break ties of `position`, or the engine orders equal ones as it likes. The join is on
 equality only, so its cost grows with interactions times H, not with the square of a sequence.
 """
-
-# How far w_ij and w_ji may lie apart, relative to the heaviest edge of nodes i and j.
-_SYMMETRY_TOLERANCE = 1e-6
 
 # Interactions (or edges) handled at a time; bounds the memory next to the edges themselves.
 _CHUNK = 1 << 22
@@ -146,12 +150,12 @@ def cooccurrence(
              [0. , 1. , 0. , 0.5],
              [0. , 1. , 0.5, 0. ]], dtype=float32)
     """
-    num_nodes = _check_num_nodes(num_nodes)
-    max_hops = _check_positive_int(max_hops, "max_hops")
-    _check_choice(keep, ("last", "first"), "keep")
-    _check_choice(weighting, ("distance", "frequency"), "weighting")
+    num_nodes = check_num_nodes(num_nodes)
+    max_hops = check_positive_int(max_hops, "max_hops")
+    check_choice(keep, ("last", "first"), "keep")
+    check_choice(weighting, ("distance", "frequency"), "weighting")
     if max_length is not None:
-        max_length = _check_positive_int(max_length, "max_length")
+        max_length = check_positive_int(max_length, "max_length")
 
     items, offsets = _flatten(sequences, num_nodes)
     starts, ends = offsets[:-1], offsets[1:]
@@ -190,7 +194,7 @@ def cooccurrence(
             progress(end, total)
     # Mirroring only doubles the diagonal: in float32 already it costs no accuracy.
     triangle = summed.total().astype(np.float32)
-    return _to_bcoo(_mirror(triangle, "sum"))
+    return to_bcoo(_mirror(triangle, "sum"))
 
 
 def user_item(
@@ -232,9 +236,9 @@ def user_item(
              [0., 1., 0., 0.],
              [1., 1., 0., 0.]], dtype=float32)
     """
-    num_users = _check_num_nodes(num_users, "num_users")
-    num_items = _check_num_nodes(num_items, "num_items")
-    num_nodes = _check_num_nodes(num_users + num_items, "num_users + num_items")
+    num_users = check_num_nodes(num_users, "num_users")
+    num_items = check_num_nodes(num_items, "num_items")
+    num_nodes = check_num_nodes(num_users + num_items, "num_users + num_items")
     users = _check_ids(users, num_users, "users", "num_users")
     items = _check_ids(items, num_items, "items", "num_items")
     _check_same_length(users=users, items=items)
@@ -246,7 +250,7 @@ def user_item(
     )
     if weights is None:
         directed.data[:] = 1.0
-    return _raw_bcoo(_mirror(directed, "sum"))
+    return raw_bcoo(_mirror(directed, "sum"))
 
 
 def shared_attributes(
@@ -294,8 +298,8 @@ def shared_attributes(
              [1., 1., 0., 0.],
              [0., 0., 0., 0.]], dtype=float32)
     """
-    num_nodes = _check_num_nodes(num_nodes)
-    _check_choice(weighting, ("any", "count"), "weighting")
+    num_nodes = check_num_nodes(num_nodes)
+    check_choice(weighting, ("any", "count"), "weighting")
     nodes = _check_ids(nodes, num_nodes, "nodes", "num_nodes")
     codes, distinct = _encode(attributes)
     _check_same_length(nodes=nodes, attributes=codes)
@@ -320,7 +324,7 @@ def shared_attributes(
     if weighting == "any":
         data[:] = 1.0
     indices = (shared.row[off_diagonal], shared.col[off_diagonal])
-    return _to_bcoo(scipy.sparse.coo_array((data, indices), shape=shared.shape).tocsr())
+    return to_bcoo(scipy.sparse.coo_array((data, indices), shape=shared.shape).tocsr())
 
 
 def from_edges(
@@ -377,14 +381,14 @@ def from_edges(
              [1., 0., 0.],
              [0., 0., 0.]], dtype=float32)
     """
-    num_nodes = _check_num_nodes(num_nodes)
-    _check_choice(symmetrize, _SYMMETRIZE, "symmetrize")
+    num_nodes = check_num_nodes(num_nodes)
+    check_choice(symmetrize, _SYMMETRIZE, "symmetrize")
     sources = _check_ids(sources, num_nodes, "sources", "num_nodes")
     targets = _check_ids(targets, num_nodes, "targets", "num_nodes")
     _check_same_length(sources=sources, targets=targets)
     if weights is not None:
         weights = _check_weights(weights, sources.size)
-    return _raw_bcoo(_mirror(_directed_csr(sources, targets, weights, num_nodes), symmetrize))
+    return raw_bcoo(_mirror(_directed_csr(sources, targets, weights, num_nodes), symmetrize))
 
 
 def from_parquet(
@@ -419,8 +423,8 @@ def from_parquet(
       TypeError: If ids are not integers or weights not real numbers.
       ValueError: If a column is missing or holds nulls, or as for `from_edges`.
     """
-    num_nodes = _check_num_nodes(num_nodes)
-    _check_choice(symmetrize, _SYMMETRIZE, "symmetrize")
+    num_nodes = check_num_nodes(num_nodes)
+    check_choice(symmetrize, _SYMMETRIZE, "symmetrize")
     columns = [source, target] + ([] if weight is None else [weight])
     summed = _Sum(num_nodes)
     chunk = max(_CHUNK, num_nodes)
@@ -439,7 +443,7 @@ def from_parquet(
         seen += row
     if not seen:
         raise ValueError(f"{path} holds no rows; wanted at least one edge.")
-    return _raw_bcoo(_mirror(summed.total(), symmetrize))
+    return raw_bcoo(_mirror(summed.total(), symmetrize))
 
 
 def from_scipy(matrix: scipy.sparse.sparray | scipy.sparse.spmatrix) -> jsparse.BCOO:
@@ -466,7 +470,7 @@ def from_scipy(matrix: scipy.sparse.sparray | scipy.sparse.spmatrix) -> jsparse.
              [1., 0., 2.],
              [0., 2., 0.]], dtype=float32)
     """
-    return _raw_bcoo(_symmetric_csr(matrix, "matrix"))
+    return raw_bcoo(symmetric_csr(matrix, "matrix"))
 
 
 def to_scipy(adjacency: Adjacency) -> scipy.sparse.csr_array:
@@ -489,7 +493,7 @@ def to_scipy(adjacency: Adjacency) -> scipy.sparse.csr_array:
       array([[0., 1.],
              [1., 0.]], dtype=float32)
     """
-    csr = _symmetric_csr(adjacency)
+    csr = symmetric_csr(adjacency)
     return csr if adjacency.dtype == np.float64 else csr.astype(np.float32)
 
 
@@ -541,7 +545,7 @@ def combine(graphs: Sequence[Adjacency], coefficients: Sequence[float] | None = 
 
     total = None
     for index, (graph, coefficient) in enumerate(zip(graphs, coefficients, strict=True)):
-        csr = _symmetric_csr(graph, f"graphs[{index}]")
+        csr = symmetric_csr(graph, f"graphs[{index}]")
         if total is not None and csr.shape != total.shape:
             raise ValueError(
                 f"graphs[{index}] has {csr.shape[0]} nodes but graphs[0] has {total.shape[0]}; "
@@ -551,7 +555,7 @@ def combine(graphs: Sequence[Adjacency], coefficients: Sequence[float] | None = 
             csr = csr * float(coefficient)
         total = csr if total is None else total + csr
     total.eliminate_zeros()
-    return _raw_bcoo(total)
+    return raw_bcoo(total)
 
 
 def top_k(adjacency: Adjacency, k: int) -> jsparse.BCOO:
@@ -583,8 +587,8 @@ def top_k(adjacency: Adjacency, k: int) -> jsparse.BCOO:
              [3., 0., 0.],
              [2., 0., 0.]], dtype=float32)
     """
-    k = _check_positive_int(k, "k")
-    csr = _symmetric_csr(adjacency)
+    k = check_positive_int(k, "k")
+    csr = symmetric_csr(adjacency)
     num_nodes = csr.shape[0]
     kept = np.ones(csr.nnz, bool)
     begin = 0
@@ -602,7 +606,7 @@ def top_k(adjacency: Adjacency, k: int) -> jsparse.BCOO:
         lighter = neighbour[order[np.arange(row.size) - first >= k]]
         kept[span][lighter] = False
         begin = end
-    return _raw_bcoo(_mirror(_select(csr, kept), "max"))
+    return raw_bcoo(_mirror(_select(csr, kept), "max"))
 
 
 def drop_below(adjacency: Adjacency, threshold: float) -> jsparse.BCOO:
@@ -629,10 +633,10 @@ def drop_below(adjacency: Adjacency, threshold: float) -> jsparse.BCOO:
              [0., 3., 0.]], dtype=float32)
     """
     _check_non_negative(threshold, "threshold")
-    csr = _symmetric_csr(adjacency)
+    csr = symmetric_csr(adjacency)
     with np.errstate(over="ignore"):  # what is too large for float32 compares as infinity
         kept = csr.data.astype(np.float32) >= np.float32(threshold)
-    return _raw_bcoo(_select(csr, kept))
+    return raw_bcoo(_select(csr, kept))
 
 
 def normalize(adjacency: Adjacency, *, isolated: Literal["zero", "identity"] = "zero") -> jsparse.BCOO:
@@ -668,7 +672,7 @@ def normalize(adjacency: Adjacency, *, isolated: Literal["zero", "identity"] = "
              [0.707, 0.   , 0.   , 0.   ],
              [0.   , 0.   , 0.   , 1.   ]], dtype=float32)
     """
-    return _to_bcoo(_normalize_csr(_symmetric_csr(adjacency), isolated))
+    return to_bcoo(normalize_csr(symmetric_csr(adjacency), isolated))
 
 
 def save(path: str | os.PathLike[str], adjacency: Adjacency) -> None:
@@ -722,7 +726,7 @@ def load(path: str | os.PathLike[str]) -> jsparse.BCOO:
     """
     with open(path, "rb") as file:
         try:
-            return _raw_bcoo(_symmetric_csr(scipy.sparse.load_npz(file)))
+            return raw_bcoo(symmetric_csr(scipy.sparse.load_npz(file)))
         except MemoryError:
             raise
         except Exception as error:  # a damaged archive fails in many ways
@@ -800,7 +804,7 @@ def summary(adjacency: Adjacency) -> GraphSummary:
       components  2 (largest: 3 nodes)
       memory      0.0 MB
     """
-    csr = _symmetric_csr(adjacency)
+    csr = symmetric_csr(adjacency)
     entries = np.diff(csr.indptr)
     row = np.repeat(np.arange(csr.shape[0], dtype=csr.indices.dtype), entries)
     loops = row == csr.indices
@@ -983,7 +987,7 @@ def _check_offsets(offsets: Any, size: int, hint: str) -> np.ndarray:
             f"offsets runs from {offsets[0]} to {offsets[-1]}; wanted from 0 to {size}, the length "
             f"of flat_items. {hint}"
         )
-    bad = _first(offsets[1:] < offsets[:-1])
+    bad = first(offsets[1:] < offsets[:-1])
     if bad is not None:
         raise ValueError(
             f"offsets[{bad + 1}] = {offsets[bad + 1]} is below offsets[{bad}] = {offsets[bad]}; "
@@ -1102,13 +1106,13 @@ def _check_ids(values: Any, bound: int, name: str, bound_name: str, row: int = 0
     if array.dtype.kind not in "iu":
         bad = 0
         if array.dtype.kind == "f":  # point at the fraction, if there is one
-            bad = _first(~(array == np.floor(array))) or 0
+            bad = first(~(array == np.floor(array))) or 0
         raise TypeError(
             f"{name}[{row + bad}] is {array[bad]!r} (dtype {array.dtype}); wanted integers. "
             f"Convert the ids with astype(np.int64). {hint}".rstrip()
         )
     if array.min() < 0 or array.max() >= bound:
-        bad = _first((array < 0) | (array >= bound))
+        bad = first((array < 0) | (array >= bound))
         message = _out_of_range(f"{name}[{row + bad}]", array[bad], bound, bound_name)
         raise ValueError(f"{message} {hint}".rstrip())
     return array
@@ -1117,11 +1121,11 @@ def _check_ids(values: Any, bound: int, name: str, bound_name: str, row: int = 0
 def _check_weights(values: Any, size: int, name: str = "weights", row: int = 0) -> np.ndarray:
     """Weights as a float64 array of shape (size,), finite and non-negative."""
     array = _check_vector(values, name)
-    _check_weight_dtype(array.dtype, name)
+    check_weight_dtype(array.dtype, name)
     if array.size != size:
         raise ValueError(f"{name} has length {array.size}; wanted {size}, one for each edge.")
     array = array.astype(np.float64)
-    bad = _first(~(np.isfinite(array) & (array >= 0)))
+    bad = first(~(np.isfinite(array) & (array >= 0)))
     if bad is not None:
         raise ValueError(
             f"{name}[{row + bad}] = {array[bad]:g}; weights must be finite and non-negative. "
@@ -1141,234 +1145,3 @@ def _check_non_negative(value: Any, name: str) -> None:
         raise TypeError(f"{name} is {value!r}; wanted a finite, non-negative number.")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} is {value}; wanted a finite, non-negative number.")
-
-
-def _raw_bcoo(csr: scipy.sparse.csr_array) -> jsparse.BCOO:
-    """Like `_to_bcoo`, but refuses weights that float32 would round to no edge at all."""
-    with np.errstate(over="ignore", under="ignore"):
-        bad = _first(csr.data.astype(np.float32) == 0)
-    if bad is not None:
-        raise ValueError(
-            f"the weight of edge ({_row_of(csr, bad)}, {csr.indices[bad]}) is {csr.data[bad]:g}, too "
-            "small for float32. Only ratios of weights matter: multiply them all, or drop the edge."
-        )
-    return _to_bcoo(csr)
-
-
-def _row_of(csr: scipy.sparse.csr_array, position: int) -> int:
-    """Row that the stored entry number `position` belongs to."""
-    return int(np.searchsorted(csr.indptr, position, side="right")) - 1
-
-
-def _first(mask: np.ndarray) -> int | None:
-    """Position of the first True, or None."""
-    if not mask.size:
-        return None
-    position = int(mask.argmax())
-    return position if mask[position] else None
-
-
-def _check_weight_dtype(dtype: Any, name: str) -> None:
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(
-            f"{name} has dtype {dtype}; weights must be real floating-point or integer numbers. "
-            f"Convert them, for example with {name}.astype(np.float32)."
-        )
-
-
-def _raw_csr(adjacency: Any, name: str) -> scipy.sparse.csr_array:
-    """Copies any accepted representation into a float64 CSR, checking no values yet."""
-    leaves = jax.tree.leaves(adjacency)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        raise TypeError(
-            f"{name} is a traced value; a graph is prepared once on the host, in NumPy. "
-            "Build and pass it outside jax.jit, jax.grad and jax.vmap."
-        )
-    known = isinstance(adjacency, jsparse.BCOO | jsparse.BCSR | np.ndarray | jax.Array)
-    if not (known or scipy.sparse.issparse(adjacency)):
-        raise TypeError(
-            f"{name} is a {type(adjacency).__name__}; wanted a BCOO, a BCSR, a SciPy sparse matrix "
-            "or a dense two-dimensional array. Functions of sevo_optax.graph, such as "
-            "graph.from_edges(...), build one."
-        )
-    shape = tuple(adjacency.shape)
-    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-        raise ValueError(
-            f"{name} has shape {shape}; wanted (num_nodes, num_nodes) with at least one node. "
-            "For a rectangular user-item matrix use graph.user_item(...)."
-        )
-    num_nodes = _check_num_nodes(shape[0], f"{name}.shape[0]")
-    _check_weight_dtype(adjacency.dtype, name)
-
-    if isinstance(adjacency, jsparse.BCOO | jsparse.BCSR):
-        if adjacency.n_batch or adjacency.n_dense:
-            raise ValueError(
-                f"{name} has n_batch={adjacency.n_batch} and n_dense={adjacency.n_dense}; wanted 0 "
-                "and 0. Convert it with jax.experimental.sparse.bcoo_update_layout."
-            )
-        data = np.asarray(adjacency.data).astype(np.float64)
-        if isinstance(adjacency, jsparse.BCOO):
-            indices = np.asarray(adjacency.indices)
-            row, col = indices[:, 0], indices[:, 1]
-        else:
-            indptr = np.asarray(adjacency.indptr)
-            row = np.repeat(np.arange(num_nodes), np.diff(indptr))
-            # What lies behind the last row pointer is padding.
-            col, data = np.asarray(adjacency.indices)[: row.size], data[: row.size]
-        if row.size and not (min(row.min(), col.min()) >= 0 and max(row.max(), col.max()) < num_nodes):
-            # JAX pads with index == shape; anything else outside is a mistake in the ids.
-            outside = (row < 0) | (row >= num_nodes) | (col < 0) | (col >= num_nodes)
-            padding = (data == 0) | (col == num_nodes)
-            if isinstance(adjacency, jsparse.BCOO):
-                padding = (data == 0) | ((row == num_nodes) & (col == num_nodes))
-            bad = _first(outside & ~padding)
-            if bad is not None:
-                raise ValueError(
-                    f"{name} stores the edge ({row[bad]}, {col[bad]}) with weight {data[bad]:g}; "
-                    f"node ids must lie in 0..{num_nodes - 1}. "
-                    "Give the matrix a larger shape or renumber the nodes."
-                )
-            row, col, data = row[~outside], col[~outside], data[~outside]
-        return scipy.sparse.coo_array((data, (row, col)), shape=shape).tocsr()
-
-    if scipy.sparse.issparse(adjacency):
-        csr = scipy.sparse.csr_array(adjacency.tocsr(copy=True).astype(np.float64))
-        csr.check_format(full_check=True)
-        return csr
-    return scipy.sparse.csr_array(np.asarray(adjacency).astype(np.float64))
-
-
-def _symmetric_csr(adjacency: Any, name: str = "adjacency") -> scipy.sparse.csr_array:
-    """Checks raw weights and returns them as a canonical float64 CSR.
-
-    Args:
-      adjacency: BCOO, BCSR, SciPy sparse matrix or dense array of shape (nodes, nodes), of a real
-        floating-point or integer dtype, non-negative and symmetric up to float32 rounding.
-      name: What to call the argument in error messages.
-
-    Returns:
-      A new float64 CSR, exactly symmetric, with sorted unique column indices, without BCOO padding
-      and without explicit zeros.
-
-    Raises:
-      TypeError: If `adjacency` is traced, no matrix, or not of a real number dtype.
-      ValueError: If it is not square, or a weight is not finite, negative or not symmetric.
-    """
-    csr = _raw_csr(adjacency, name)
-    csr.sum_duplicates()
-
-    bad = _first(~np.isfinite(csr.data))
-    if bad is None:
-        bad = _first(csr.data < 0)
-    if bad is not None:
-        raise ValueError(
-            f"{name}[{_row_of(csr, bad)}, {csr.indices[bad]}] = {csr.data[bad]:g}; weights must be "
-            "finite and non-negative. Remove the edge or repair its weight."
-        )
-    csr.eliminate_zeros()
-
-    mirrored = csr.T.tocsr()
-    mirrored.sort_indices()
-    if (
-        np.array_equal(csr.indptr, mirrored.indptr)
-        and np.array_equal(csr.indices, mirrored.indices)
-        and np.array_equal(csr.data, mirrored.data)
-    ):
-        return csr
-    difference = csr - mirrored
-    heaviest = np.maximum(*(m.max(axis=1).toarray().ravel() for m in (csr, mirrored)))
-    row = np.repeat(np.arange(csr.shape[0]), np.diff(difference.indptr))
-    allowed = _SYMMETRY_TOLERANCE * np.maximum(heaviest[row], heaviest[difference.indices])
-    bad = _first(np.abs(difference.data) > allowed)
-    if bad is not None:
-        i, j = int(row[bad]), int(difference.indices[bad])
-        raise ValueError(
-            f"{name} is not symmetric: {name}[{i}, {j}] = {csr[i, j]:.9g} but "
-            f"{name}[{j}, {i}] = {csr[j, i]:.9g}; wanted equal weights. Symmetrise with "
-            "graph.from_edges(sources, targets, weights, num_nodes=..., symmetrize='mean')."
-        )
-    # Only rounding is left, and its mean is exactly symmetric.
-    mean = csr * 0.5 + mirrored * 0.5
-    mean.eliminate_zeros()
-    return mean
-
-
-def _normalize_csr(csr: scipy.sparse.csr_array, isolated: str = "zero") -> scipy.sparse.csr_array:
-    """D^-1/2 A D^-1/2 in float64; `csr` comes from `_symmetric_csr`.
-
-    Args:
-      csr: Symmetric float64 weights.
-      isolated: "zero" leaves the row of a node without edges empty; "identity" puts a one on its
-        diagonal.
-
-    Returns:
-      The normalised weights as a canonical float64 CSR, exactly symmetric.
-    """
-    _check_choice(isolated, ("zero", "identity"), "isolated")
-    row = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
-    degree = np.bincount(row, weights=csr.data, minlength=csr.shape[0])
-    bad = _first(~np.isfinite(degree))
-    if bad is not None:
-        raise ValueError(
-            f"the weights of node {bad} add up to infinity. "
-            "Only ratios of weights matter: divide them all by the largest."
-        )
-    root = np.sqrt(degree)
-    # One product per edge, commutative in i and j, keeps the result exactly symmetric.
-    data = csr.data / (root[row] * root[csr.indices])
-    out = scipy.sparse.csr_array((data, csr.indices.copy(), csr.indptr.copy()), shape=csr.shape)
-    if isolated == "identity":
-        out = out + scipy.sparse.diags_array((degree == 0).astype(np.float64)).tocsr()
-        out.eliminate_zeros()
-    return out
-
-
-def _to_bcoo(csr: scipy.sparse.csr_array, dtype: Any = np.float32) -> jsparse.BCOO:
-    """Turns a canonical CSR into a BCOO with sorted, unique int32 indices."""
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    with np.errstate(over="ignore"):
-        data = csr.data.astype(dtype)
-    bad = _first(~np.isfinite(data))
-    if bad is not None:
-        raise ValueError(
-            f"the weight of edge ({_row_of(csr, bad)}, {csr.indices[bad]}) is {csr.data[bad]:g}, "
-            f"too large for {np.dtype(dtype).name}. "
-            "Only ratios of weights matter: divide them all by the largest."
-        )
-    num_nodes = csr.shape[0]
-    indices = np.empty((csr.nnz, 2), np.int32)
-    indices[:, 0] = np.repeat(np.arange(num_nodes, dtype=np.int32), np.diff(csr.indptr))
-    indices[:, 1] = csr.indices
-    kept = data != 0
-    if not kept.all():  # too small for the dtype
-        data, indices = data[kept], indices[kept]
-    return jsparse.BCOO(
-        (jnp.asarray(data), jnp.asarray(indices)),
-        shape=csr.shape,
-        indices_sorted=True,
-        unique_indices=True,
-    )
-
-
-def _check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
-    if not isinstance(value, str) or value not in choices:
-        wanted = " or ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} is {value!r}; wanted {wanted}.")
-
-
-def _check_num_nodes(value: Any, name: str = "num_nodes") -> int:
-    number = _check_positive_int(value, name)
-    if number >= 2**31:
-        raise ValueError(
-            f"{name} is {number}; wanted less than 2**31, because indices are stored as int32. "
-            "Renumber the nodes that occur to 0..n-1."
-        )
-    return number
-
-
-def _check_positive_int(value: Any, name: str) -> int:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} is {value!r}; wanted a positive integer.")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; wanted a positive integer.")
-    return int(value)

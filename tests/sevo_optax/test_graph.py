@@ -15,7 +15,7 @@ import pytest
 import scipy.sparse
 from jax.experimental import sparse as jsparse
 
-from sevo_optax import graph
+from sevo_optax import _weights, graph
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -622,7 +622,7 @@ PLAIN = np.array([[0, 2, 0, 0.5], [2, 1, 0, 0], [0, 0, 0, 0], [0.5, 0, 0, 0]])
     ],
 )
 def test_every_representation_is_accepted(convert):
-    csr = graph._symmetric_csr(convert(PLAIN))
+    csr = _weights.symmetric_csr(convert(PLAIN))
     assert isinstance(csr, scipy.sparse.csr_array)
     assert csr.dtype == np.float64
     assert csr.has_canonical_format
@@ -632,7 +632,7 @@ def test_every_representation_is_accepted(convert):
 
 def test_integer_weights_are_accepted():
     weights = np.array([[0, 3], [3, 0]], np.int8)
-    np.testing.assert_array_equal(graph._symmetric_csr(weights).toarray(), weights)
+    np.testing.assert_array_equal(_weights.symmetric_csr(weights).toarray(), weights)
     check(graph.from_scipy(scipy.sparse.csr_array(weights)), 2)
 
 
@@ -640,7 +640,7 @@ def test_duplicates_add_up_padding_and_zeros_go():
     indices = [[1, 0], [0, 1], [1, 0], [2, 2], [3, 3], [0, 2], [2, 0], [0, 7]]
     data = [1.0, 3.0, 2.0, 4.0, 9.0, 0.0, 0.0, 0.0]
     weights = jsparse.BCOO((jnp.array(data), jnp.array(indices)), shape=(3, 3))
-    csr = graph._symmetric_csr(weights)
+    csr = _weights.symmetric_csr(weights)
     np.testing.assert_array_equal(csr.toarray(), [[0, 3, 0], [3, 0, 0], [0, 0, 4]])
     assert csr.nnz == 3
 
@@ -658,7 +658,7 @@ def test_ids_outside_a_bcoo_are_no_padding(index):
     indices = jnp.array([[0, 1], [1, 0], index])
     weights = jsparse.BCOO((jnp.array([1.0, 1.0, 2.0]), indices), shape=(3, 3))
     with pytest.raises(ValueError, match=rf"edge \({index[0]}, {index[1]}\) with weight 2"):
-        graph._symmetric_csr(weights)
+        _weights.symmetric_csr(weights)
 
 
 def changed(index, value):
@@ -692,7 +692,7 @@ def changed(index, value):
 )
 def test_bad_matrices_are_named(matrix, error, match):
     with pytest.raises(error, match=match):
-        graph._symmetric_csr(matrix, "w")
+        _weights.symmetric_csr(matrix, "w")
 
 
 def test_rounding_is_evened_out_but_no_more():
@@ -702,13 +702,13 @@ def test_rounding_is_evened_out_but_no_more():
     exact = np.maximum(exact, exact.T)
     rounded = exact * (1 + 2e-7 * rng.standard_normal(exact.shape).astype(np.float32))
     assert not np.array_equal(rounded, rounded.T)
-    csr = graph._symmetric_csr(rounded)
+    csr = _weights.symmetric_csr(rounded)
     np.testing.assert_array_equal(csr.toarray(), csr.T.toarray())
     np.testing.assert_allclose(csr.toarray(), exact, rtol=1e-6)
     # An entry that only one direction has is rounding next to a heavy edge of the same node only.
     lone = np.array([[5.0, 1e-7, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1e-7], [0, 0, 0, 0]])
     with pytest.raises(ValueError, match=r"\[2, 3\] = 1e-07"):
-        graph._symmetric_csr(lone)
+        _weights.symmetric_csr(lone)
 
 
 def test_traced_weights_are_refused():
@@ -734,10 +734,10 @@ def test_scipy_round_trip():
 
 
 def test_to_bcoo_takes_a_dtype():
-    csr = graph._symmetric_csr(PLAIN)
-    assert graph._to_bcoo(csr, jnp.bfloat16).dtype == jnp.bfloat16
+    csr = _weights.symmetric_csr(PLAIN)
+    assert _weights.to_bcoo(csr, jnp.bfloat16).dtype == jnp.bfloat16
     with jax.enable_x64(True):
-        wide = graph._to_bcoo(csr, np.float64)
+        wide = _weights.to_bcoo(csr, np.float64)
         assert wide.dtype == np.float64
         assert wide.indices.dtype == np.int32
         check(graph.from_scipy(csr), 4)
@@ -864,7 +864,7 @@ def test_normalize(isolated):
     result = check(graph.normalize(dense, isolated=isolated), 12)
     np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-7)
     assert np.abs(np.linalg.eigvalsh(result.astype(np.float64))).max() <= 1 + 1e-6
-    exact = graph._normalize_csr(graph._symmetric_csr(dense), isolated)
+    exact = _weights.normalize_csr(_weights.symmetric_csr(dense), isolated)
     assert exact.dtype == np.float64
     assert exact.has_canonical_format
     np.testing.assert_allclose(exact.toarray(), expected, rtol=1e-14)
