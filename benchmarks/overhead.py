@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from models.compilation import jit
 from models.data import load
 from models.losses import binary_cross_entropy
 from models.registry import make_model
@@ -31,7 +32,7 @@ def make_step(prepared, config, optimizer):
     graphdef, params = nnx.split(model, nnx.Param)
     tx = make_optimizer(optimizer, config, prepared.adjacency, model.item_tables)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jit, donate_argnums=(0, 1))
     def step(params, opt_state, packed, unseen, key, index):
         def loss_fn(params):
             return binary_cross_entropy(nnx.merge(graphdef, params), packed.batch(index), unseen, key)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from models.training.config import Optimizer, TrainConfig
+from models.training.config import Optimizer, SourceConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from models.data import Interactions
     from models.training.loop import Prepared
 
 # JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
@@ -64,13 +65,11 @@ class Compare(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Graph:
+class Graph(SourceConfig):
     """Build an item graph, describe it, and draw its degrees and, if it is small, the graph itself."""
 
-    data: Path | None = None
-    """Interactions, one line 'user item item …' a user, oldest first; left out: an embedded generator."""
     part: Literal["train", "all"] = "train"
-    """train: without each user's last two items, as in training. all: every interaction."""
+    """train: the training part of the split. all: every interaction."""
     graph_max_length: int = 50
     """How many of a user's interactions the graph is built from."""
     keep: Literal["last", "first"] = "last"
@@ -81,8 +80,8 @@ class Graph:
     """distance: a pair counts 1 / hops. frequency: every pair counts 1."""
     attributes: Path | None = None
     """A .tsv or .csv with one line an item: relate items that share an attribute, instead of co-occurrence."""
-    item_column: str = "item_id"
-    """Its column of item ids."""
+    attribute_item_column: str = "item_id"
+    """Its column of item ids, as they are in the data."""
     attribute_column: str = "genres"
     """Its column of attributes, several separated by '|'."""
     output_dir: Path = Path("runs/graph")
@@ -93,7 +92,21 @@ class Graph:
         from models import graphs
 
         _make_folder(self.output_dir)
-        adjacency, title = graphs.build(**{k: v for k, v in dataclasses.asdict(self).items() if k != "output_dir"})
+        interactions = _load(self)
+        if self.part == "train" and self.attributes is None:
+            interactions = self.split_interactions(interactions).train
+        adjacency, title = graphs.build(
+            interactions,
+            "embedded data" if self.data is None else self.data.stem,
+            self.part,
+            graph_max_length=self.graph_max_length,
+            keep=self.keep,
+            max_hops=self.max_hops,
+            weighting=self.weighting,
+            attributes=self.attributes,
+            item_column=self.attribute_item_column,
+            attribute_column=self.attribute_column,
+        )
         print(title)
         for line in graphs.describe(adjacency, title, self.output_dir):
             print(line)
@@ -116,15 +129,21 @@ def _make_folder(output_dir: Path) -> None:
         raise ValueError(f"output_dir: {output_dir} cannot be written to; give another folder")
 
 
+def _load(source: SourceConfig) -> "Interactions":
+    """Reads the data, and says what it is and what was done to it."""
+    interactions = source.load_interactions()
+    print(f"{source.data or 'embedded data'}: {interactions}")
+    for note in interactions.notes:
+        print(f"  {note}")
+    return interactions
+
+
 def _prepare(config: TrainConfig, output_dir: Path) -> "Prepared":
     """Checks everything that can be checked before training, and says what is trained on."""
-    from models.data import load
     from models.training import loop
 
     _make_folder(output_dir)
-    interactions = load(config.data)
-    print(f"{config.data or 'embedded data'}: {interactions}")
-    prepared = loop.prepare(interactions, config)
+    prepared = loop.prepare(_load(config), config)
     print(f"graph: {prepared.adjacency.nse:,} entries between {prepared.adjacency.shape[0]:,} nodes", flush=True)
     return prepared
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from models.data.interactions import Interactions
 from models.data.packing import Batch
-from models.layers import Attention, Dropout, attention_bias, split_keys, stacked_xavier_uniform
+from models.layers import Attention, Dropout, Linear, split_keys, stacked_xavier_uniform
 
 _xavier_normal = nnx.initializers.xavier_normal()
 
@@ -30,7 +30,7 @@ class EncoderLayer(nnx.Module):
     """
 
     def __init__(self, embedding_dim: int, num_heads: int, dropout_rate: float, *, rngs: nnx.Rngs) -> None:
-        linear = partial(nnx.Linear, kernel_init=clipped_xavier_normal, rngs=rngs)
+        linear = partial(Linear, kernel_init=clipped_xavier_normal, rngs=rngs)
         self.attention = Attention(
             embedding_dim,
             num_heads,
@@ -45,10 +45,10 @@ class EncoderLayer(nnx.Module):
         self.feed_forward_norm = nnx.LayerNorm(embedding_dim, epsilon=1e-5, rngs=rngs)
         self.dropout = Dropout(dropout_rate)
 
-    def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, segments: jax.Array, key: jax.Array | None) -> jax.Array:
         """Maps (rows, row_length, embedding_dim) to the same shape."""
         keys = split_keys(key, 4)
-        x = self.attention_norm(x + self.dropout(self.attention(x, x, bias, keys[0]), keys[1]))
+        x = self.attention_norm(x + self.dropout(self.attention(x, x, segments, keys[0], causal=False), keys[1]))
         hidden = self.dropout(jax.nn.gelu(self.feed_forward_in(x), approximate=False), keys[2])
         return self.feed_forward_norm(x + self.dropout(self.feed_forward_out(hidden), keys[3]))
 
@@ -173,9 +173,8 @@ class BERT4Rec(nnx.Module):
         """Encodes packed sequences whose items are embedded already, see :meth:`models.sasrec.SASRec.encode`."""
         keys = split_keys(key, len(self.blocks) + 1)
         x = self.dropout(self.norm(embedded + self.position_embedding(batch.positions)), keys[0])
-        bias = attention_bias(batch.segments, causal=False)
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x = block(x, bias, block_key)
+            x = block(x, batch.segments, block_key)
         return x
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from jax.experimental.sparse import BCOO
 
-from models.data import Interactions, leave_one_out, load, read_attributes
+from models.data import Interactions, item_numbers, read_attributes
 from sevo_optax import graph
 
 # A force-directed drawing of more nodes is a grey ball, and slow.
@@ -34,7 +34,8 @@ def item_cooccurrence(
 
 
 def build(
-    data: Path | None,
+    interactions: Interactions,
+    source: str,
     part: Literal["train", "all"],
     graph_max_length: int,
     keep: Literal["last", "first"],
@@ -46,6 +47,18 @@ def build(
 ) -> tuple[BCOO, str]:
     """Builds the graph that the options describe.
 
+    Args:
+      interactions: what the graph is built from, the ``part`` called so.
+      source: what the data is called.
+      part: which part of the data it is.
+      graph_max_length: see :func:`item_cooccurrence`, as for the next three.
+      keep: as above.
+      max_hops: as above.
+      weighting: as above.
+      attributes: a table of attributes; given: items that share one are related, instead of those that occur together.
+      item_column: its column of the items' raw ids.
+      attribute_column: its column of attributes.
+
     Returns:
       The raw weights and a title.
 
@@ -53,14 +66,17 @@ def build(
       FileNotFoundError: if a file does not exist.
       ValueError: if a file or an option does not fit.
     """
-    interactions = load(data)
-    source = "embedded data" if data is None else data.stem
     if attributes is not None:
         items, values = read_attributes(attributes, item_column=item_column, attribute_column=attribute_column)
-        weights = graph.shared_attributes(items, values, interactions.num_items + 1)
+        numbers = item_numbers(interactions.item_ids, items.tolist())
+        if not numbers.any():
+            raise ValueError(
+                f"item_column: no item of {attributes} is among the items of {source}; the first is {items[0]}, "
+                f"those look like {interactions.item_ids[1]}"
+            )
+        known = numbers > 0  # filters may have left items out
+        weights = graph.shared_attributes(numbers[known], values[known], interactions.num_items + 1)
         return weights, f"{source}: items that share {attribute_column}"
-    if part == "train":
-        interactions = leave_one_out(interactions).train
     weights = item_cooccurrence(
         interactions,
         num_nodes=interactions.num_items + 1,

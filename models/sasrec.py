@@ -8,7 +8,7 @@ from flax import nnx
 
 from models.data.interactions import Interactions
 from models.data.packing import Batch
-from models.layers import Attention, Dropout, attention_bias, padding_bias, split_keys, stacked_xavier_uniform
+from models.layers import Attention, Dropout, Linear, split_keys, stacked_xavier_uniform
 
 # The published initialisation: embeddings and the attention's output projection are xavier-normal, the feed-forward
 # part keeps the default of a PyTorch convolution.
@@ -31,7 +31,7 @@ class Block(nnx.Module):
 
     def __init__(self, embedding_dim: int, num_heads: int, dropout_rate: float, *, rngs: nnx.Rngs) -> None:
         feed_forward = partial(
-            nnx.Linear,
+            Linear,
             embedding_dim,
             embedding_dim,
             kernel_init=fan_in_uniform,
@@ -52,10 +52,12 @@ class Block(nnx.Module):
         self.feed_forward_out = feed_forward()
         self.dropout = Dropout(dropout_rate)
 
-    def __call__(self, x: jax.Array, bias: jax.Array, blank_bias: jax.Array | None, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, segments: jax.Array, padding: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:
         """Maps (rows, row_length, embedding_dim) to the same shape."""
         keys = split_keys(key, 3)
-        x = x + self.attention(self.attention_norm(x), x, bias, keys[0], blank_bias=blank_bias)
+        x = x + self.attention(self.attention_norm(x), x, segments, keys[0], causal=True, padding=padding)
         x = self.feed_forward_norm(x)
         hidden = jax.nn.relu(self.dropout(self.feed_forward_in(x), keys[1]))
         return x + self.dropout(self.feed_forward_out(hidden), keys[2])
@@ -137,10 +139,9 @@ class SASRec(nnx.Module):
         keys = split_keys(key, len(self.blocks) + 1)
         x = embedded * jnp.sqrt(embedded.shape[-1]).astype(embedded.dtype) + self.position_embedding(batch.positions)
         x = self.dropout(x, keys[0])
-        bias = attention_bias(batch.segments, causal=True)
-        blank_bias = padding_bias(batch.padding) if self.attend_padding else None
+        padding = batch.padding if self.attend_padding else None
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x = block(x, bias, blank_bias, block_key)
+            x = block(x, batch.segments, padding, block_key)
         return self.norm(x)
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:

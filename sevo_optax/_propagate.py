@@ -54,10 +54,11 @@ def to_device(matrix: Any, dtype: Any) -> CSR:
             f"adjacency has {matrix.nnz} entries, but 32-bit offsets hold fewer than 2**31; "
             "sparsify it first, for example with graph.top_k"
         )
+    # Copies, not views of host memory: only buffers that JAX owns can be donated.
     return CSR(
-        jnp.asarray(matrix.data, dtype),
-        jnp.asarray(matrix.indices, jnp.int32),
-        jnp.asarray(matrix.indptr, jnp.int32),
+        jnp.array(matrix.data, dtype),
+        jnp.array(matrix.indices, jnp.int32),
+        jnp.array(matrix.indptr, jnp.int32),
     )
 
 

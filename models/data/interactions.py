@@ -1,8 +1,8 @@
-"""The one in-memory form of interaction data, and its leave-one-out split."""
+"""The one in-memory form of interaction data."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import Self
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -11,23 +11,76 @@ import numpy as np
 class Interactions:
     """The interactions of many users, each user's in order of time.
 
+    Inside, users are numbered from 0 and items from 1. What they are called in the data is kept beside the numbers, so
+    that results can be given in the caller's own ids: ``interactions.item_ids[numbers]``. :func:`item_numbers` leads
+    back.
+
     Attributes:
-      items: shape (interactions,), int32, item ids from 1 to ``num_items``, user after user. 0 is kept for padding.
+      items: shape (interactions,), int32, item numbers from 1 to ``num_items``, user after user. 0 is kept for padding.
       offsets: shape (users + 1,), int64: user ``u`` owns ``items[offsets[u]:offsets[u + 1]]``.
-      num_items: the largest item id that may occur.
+      num_items: the largest item number that may occur.
+      user_ids: shape (users,), int64 or str: the raw id of each user. None: ``u + 1``.
+      item_ids: shape (num_items + 1,), int64 or str: the raw id of each item. Entry 0 belongs to padding and means
+        nothing: it is 0 or the empty string. None: the numbers themselves.
+      times: shape (interactions,), int64 or float64, ascending inside each user; None: only the order is known.
+      notes: what was done to the data on the way here, one line each, to be printed with the statistics.
     """
 
     items: np.ndarray
     offsets: np.ndarray
     num_items: int
+    user_ids: np.ndarray | None = None
+    item_ids: np.ndarray | None = None
+    times: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        lengths = np.diff(self.offsets)
+        if (lengths < 0).any() or self.offsets[0] != 0 or self.offsets[-1] != len(self.items):
+            raise ValueError(f"offsets must ascend from 0 to the number of interactions, {len(self.items)}")
+        if self.user_ids is None:
+            object.__setattr__(self, "user_ids", np.arange(1, len(lengths) + 1))
+        if self.item_ids is None:
+            object.__setattr__(self, "item_ids", np.arange(self.num_items + 1))
+        if len(self.user_ids) != len(lengths):
+            raise ValueError(
+                f"user_ids must hold one id for each of the {len(lengths)} users, got {len(self.user_ids)}"
+            )
+        if len(self.item_ids) != self.num_items + 1:
+            raise ValueError(
+                f"item_ids must hold {self.num_items + 1} ids, one for padding and one an item, "
+                f"got {len(self.item_ids)}"
+            )
+        if self.times is None:
+            return
+        if len(self.times) != len(self.items):
+            raise ValueError(f"times must hold one time an interaction, {len(self.items)}, got {len(self.times)}")
+        # "not at least as late" rather than "earlier": NaN is neither.
+        back = np.flatnonzero(~(self.times[1:] >= self.times[:-1])) + 1
+        back = np.setdiff1d(back, self.offsets)
+        if back.size:
+            user = int(np.searchsorted(self.offsets, back[0], side="right")) - 1
+            raise ValueError(
+                f"times must ascend inside each user, but user {self.user_ids[user]} has "
+                f"{self.times[back[0]]} behind {self.times[back[0] - 1]}; sort the interactions first"
+            )
 
     @classmethod
-    def from_sequences(cls, sequences: Iterable[Iterable[int]], num_items: int | None = None) -> Self:
+    def from_sequences(
+        cls,
+        sequences: Iterable[Iterable[int]],
+        num_items: int | None = None,
+        *,
+        user_ids: Sequence[Any] | None = None,
+        times: Iterable[Iterable[float]] | None = None,
+    ) -> Self:
         """Builds interactions from one sequence of item ids a user.
 
         Args:
           sequences: oldest item first, ids from 1.
           num_items: size of the catalogue; None: the largest id.
+          user_ids: the raw id of each user; None: numbers from 1.
+          times: one sequence of times a user, as long as the user's items; None: only the order is known.
 
         Raises:
           ValueError: if there is no interaction at all, or an id is smaller than 1 or larger than ``num_items``.
@@ -40,8 +93,13 @@ class Interactions:
         if items.min() < 1 or items.max() > largest:
             offender = int(items[(items < 1) | (items > largest)][0])
             raise ValueError(f"sequences hold the item id {offender}, but ids must lie between 1 and {largest}")
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        return cls(items.astype(np.int32), offsets, largest)
+        return cls(
+            items.astype(np.int32),
+            _offsets([len(row) for row in rows]),
+            largest,
+            user_ids=None if user_ids is None else np.asarray(user_ids),
+            times=None if times is None else np.concatenate([np.asarray(list(row)) for row in times]),
+        )
 
     @property
     def num_users(self) -> int:
@@ -52,6 +110,11 @@ class Interactions:
     def lengths(self) -> np.ndarray:
         """Shape (users,), the number of interactions of each user."""
         return np.diff(self.offsets)
+
+    @property
+    def users(self) -> np.ndarray:
+        """Shape (interactions,), int64, the user of each interaction."""
+        return np.repeat(np.arange(self.num_users), self.lengths)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -68,50 +131,59 @@ class Interactions:
 
     def without_last(self, count: int) -> "Interactions":
         """The interactions without the last ``count`` of each user."""
-        keep = np.arange(len(self)) < np.repeat(self.offsets[1:] - count, self.lengths)
-        offsets = np.concatenate([[0], np.cumsum(np.maximum(self.lengths - count, 0))])
-        return Interactions(self.items[keep], offsets.astype(np.int64), self.num_items)
+        return self.where(np.arange(len(self)) < np.repeat(self.offsets[1:] - count, self.lengths))
 
-
-@dataclasses.dataclass(frozen=True)
-class LeaveOneOut:
-    """A leave-one-out split.
-
-    Attributes:
-      train: all but the last two interactions of each user.
-      validation_history: what is known when the validation item is predicted: ``train``.
-      validation: shape (users,), int32, the last but one item of each user.
-      test_history: what is known when the test item is predicted: all but the last interaction.
-      test: shape (users,), int32, the last item of each user.
-    """
-
-    train: Interactions
-    validation: np.ndarray
-    test_history: Interactions
-    test: np.ndarray
-
-    @property
-    def validation_history(self) -> Interactions:
-        """The same interactions as ``train``."""
-        return self.train
-
-
-def leave_one_out(interactions: Interactions) -> LeaveOneOut:
-    """Splits off each user's last item for test and the one before for validation.
-
-    Raises:
-      ValueError: if a user has fewer than three interactions, the least that leaves one to train on.
-    """
-    short = np.flatnonzero(interactions.lengths < 3)
-    if short.size:
-        raise ValueError(
-            f"user {short[0] + 1} of {interactions.num_users} has {interactions.lengths[short[0]]} interactions, but "
-            f"leave-one-out needs at least 3 (train, validation, test); {short.size} users are that short: remove them"
+    def where(self, keep: np.ndarray) -> "Interactions":
+        """The interactions where ``keep``, shape (interactions,), is true. Users and items stay, even if bereft."""
+        return dataclasses.replace(
+            self,
+            items=self.items[keep],
+            offsets=_offsets(np.bincount(self.users[keep], minlength=self.num_users)),
+            times=None if self.times is None else self.times[keep],
         )
-    ends = interactions.offsets[1:]
-    return LeaveOneOut(
-        train=interactions.without_last(2),
-        validation=interactions.items[ends - 2],
-        test_history=interactions.without_last(1),
-        test=interactions.items[ends - 1],
-    )
+
+    def of_users(self, keep: np.ndarray) -> "Interactions":
+        """The users where ``keep``, shape (users,), is true, numbered anew in the same order. The items stay."""
+        mine = np.repeat(keep, self.lengths)
+        return dataclasses.replace(
+            self,
+            items=self.items[mine],
+            offsets=_offsets(self.lengths[keep]),
+            user_ids=self.user_ids[keep],
+            times=None if self.times is None else self.times[mine],
+        )
+
+    def noting(self, *notes: str) -> "Interactions":
+        """The same interactions with more ``notes``."""
+        return dataclasses.replace(self, notes=self.notes + notes)
+
+
+def item_numbers(item_ids: np.ndarray, raw: Iterable[Any]) -> np.ndarray:
+    """Translates raw item ids to item numbers.
+
+    Where the data's ids are integers, text that spells one is taken as one, and where they are text, numbers are
+    spelled out: ids from a command line or a table find their items.
+
+    Args:
+      item_ids: shape (num_items + 1,), the raw ids, as in :class:`Interactions`.
+      raw: the ids to look up.
+
+    Returns:
+      Shape (ids,), int32: the numbers, 0 where an id is unknown.
+    """
+    number_of = {raw_id: number for number, raw_id in enumerate(item_ids.tolist()) if number}
+    integers = item_ids.dtype.kind in "iu"
+
+    def number(raw_id: Any) -> int:
+        if not integers:
+            return number_of.get(str(raw_id), 0)
+        try:
+            return number_of.get(int(raw_id) if isinstance(raw_id, str) else raw_id, 0)
+        except ValueError:
+            return 0
+
+    return np.array([number(raw_id) for raw_id in raw], dtype=np.int32)
+
+
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -2,11 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+if TYPE_CHECKING:
+    from models.data import Interactions, Split
 
 Model = Literal["sasrec", "bert4rec"]
 Loss = Literal["bce", "ce"]
 Optimizer = Literal["adamw", "sevo-adamw", "sevo-gradient"]
+DataFormat = Literal["auto", "csv", "tsv", "parquet", "inter", "dat", "json", "s3rec"]
+Duplicates = Literal["all", "exact", "first", "last"]
+SplitMethod = Literal["leave-one-out", "global-time"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 # What differs between the models in the paper's settings for Beauty; a field that is None takes its value from here.
@@ -33,11 +39,64 @@ PUBLISHED: dict[Model, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What to train on."""
+class SourceConfig:
+    """Which interactions to read, how to filter and how to split them."""
 
     data: Path | None = None
-    """Interactions, one line 'user item item …' a user, oldest first; left out: an embedded generator."""
+    """A file, or ml-100k, ml-1m, amazon-beauty, amazon-toys or amazon-tools; left out: an embedded generator."""
+    data_format: DataFormat = "auto"
+    """inter: RecBole. dat: MovieLens. json: an object a line. s3rec: 'user item item …' a line. auto: by the suffix."""
+    user_column: str | None = None
+    """Column of the users' ids (left out: one with a usual name; without a header 1)."""
+    item_column: str | None = None
+    """Column of the items' ids (left out: one with a usual name; without a header 2)."""
+    time_column: str | None = None
+    """Column of the times; none: order of the file (left out: a usual name, if there is one; without a header 4)."""
+    header: bool = True
+    """Whether the first line of a csv or tsv names the columns; if not, they are called 1, 2, 3 …."""
+    duplicates: Duplicates = "all"
+    """Which interactions of the same user and item stay; exact: one of those at the very same time."""
+    min_user_interactions: int = 0
+    """Users with fewer interactions are left out; both limits are applied until all that remain have enough."""
+    min_item_interactions: int = 0
+    """Items with fewer interactions are left out, likewise."""
+    split: SplitMethod = "leave-one-out"
+    """leave-one-out: test on each user's last item. global-time: on each user's first item behind a moment."""
+    split_quantiles: tuple[float, float] = (0.8, 0.9)
+    """global-time: shares of all interactions before the moments of validation and test; training is before both."""
+    split_times: tuple[str, str] | None = None
+    """global-time: the two moments themselves; dates too, if the data's times are seconds since 1970."""
+    cache_dir: Path | None = None
+    """Where public data sets are kept (left out: what SEVO_OPTAX_CACHE says, or the user's cache folder)."""
+
+    def load_interactions(self) -> "Interactions":
+        """Reads and filters the interactions, see :func:`models.data.load`."""
+        from models.data import load
+
+        return load(
+            self.data,
+            data_format=self.data_format,
+            user_column=self.user_column,
+            item_column=self.item_column,
+            time_column=self.time_column,
+            header=self.header,
+            duplicates=self.duplicates,
+            min_user_interactions=self.min_user_interactions,
+            min_item_interactions=self.min_item_interactions,
+            cache_dir=self.cache_dir,
+        )
+
+    def split_interactions(self, interactions: "Interactions") -> "Split":
+        """Splits the interactions, see :func:`models.data.make_split`."""
+        from models.data import make_split
+
+        return make_split(interactions, self.split, quantiles=self.split_quantiles, times=self.split_times)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """What to train on."""
+
     max_length: int = 50
     """Longest history a model sees."""
 

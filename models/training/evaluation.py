@@ -11,7 +11,7 @@ from models.data.interactions import Interactions
 from models.data.packing import PackedSequences, pack
 from models.recommender import Recommender
 
-PROTOCOL = "leave-one-out, full ranking over the catalogue, history not ranked, ties counted against the target"
+PROTOCOL = "full ranking over the catalogue, history not ranked, ties counted against the target"
 
 
 @partial(

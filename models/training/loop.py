@@ -16,7 +16,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from models import metrics
-from models.data import Interactions, LeaveOneOut, UnseenItems, leave_one_out, pack
+from models.compilation import jit
+from models.data import Interactions, Split, UnseenItems, pack
 from models.graphs import item_cooccurrence
 from models.losses import LOSSES, LossFn
 from models.registry import MODELS, make_model
@@ -48,7 +49,7 @@ class Prepared:
     """
 
     interactions: Interactions
-    split: LeaveOneOut
+    split: Split
     packed: Any
     unseen: UnseenItems
     validation: FullRanking
@@ -88,7 +89,7 @@ class Result:
 def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
     """Splits, packs and copies to the device; builds the graph from the training part alone."""
     kind = MODELS[config.model]
-    split = leave_one_out(interactions)
+    split = config.split_interactions(interactions)
     ranking = partial(FullRanking.prepare, model=kind, max_length=config.max_length)
     return Prepared(
         interactions=interactions,
@@ -112,12 +113,11 @@ def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
 
 
 def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: LossFn) -> Callable[..., Any]:
-    """Compiles one epoch: ``epoch(params, opt_state, packed, unseen, key) -> params, opt_state, losses``.
+    """Builds one epoch: ``epoch(params, opt_state, packed, unseen, key) -> params, opt_state, losses``.
 
-    The losses have shape (batches,). Parameters and optimizer state are donated.
+    The losses have shape (batches,). It is a pure function, to be jitted, or vmapped over seeds and then jitted.
     """
 
-    @partial(jax.jit, donate_argnums=(0, 1))
     def epoch(params: Any, opt_state: Any, packed: Any, unseen: UnseenItems, key: jax.Array) -> Any:
         shuffle_key, step_key = jax.random.split(key)
         packed = packed.shuffle(shuffle_key)
@@ -162,8 +162,8 @@ def train(prepared: Prepared, config: TrainConfig, optimizer: Optimizer, output_
     graphdef, params = nnx.split(model, nnx.Param)
     tx = make_optimizer(optimizer, config, prepared.adjacency, model.item_tables)
     opt_state = tx.init(params)
-    epoch_fn = make_epoch(graphdef, tx, LOSSES[config.loss])
-    rank_fn = jax.jit(lambda params, ranking: ranking.ranks(nnx.merge(graphdef, params)))
+    epoch_fn = jit(make_epoch(graphdef, tx, LOSSES[config.loss]), donate_argnums=(0, 1))
+    rank_fn = jit(lambda params, ranking: ranking.ranks(nnx.merge(graphdef, params)))
 
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def train(prepared: Prepared, config: TrainConfig, optimizer: Optimizer, output_
     result = Result(
         optimizer=optimizer,
         config=json.loads(json.dumps(dataclasses.asdict(config), default=str)),
-        protocol=DESCRIPTION,
+        protocol=f"{prepared.split.protocol}, {DESCRIPTION}",
         best_epoch=best[1],
         validation=best[3],
         test=metrics.summarize(rank_fn(best[2], prepared.test)),

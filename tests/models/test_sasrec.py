@@ -2,10 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 
+from models import layers
 from models.data import Batch, UnseenItems, drifting_interests, pack
-from models.layers import Attention, Dropout
+from models.layers import Attention, Dropout, Linear, random_words
 from models.losses import binary_cross_entropy
 from models.sasrec import SASRec
 
@@ -201,6 +203,40 @@ def test_dropout():
     assert Dropout(0.0)(x, jax.random.key(0)) is x
     with pytest.raises(ValueError, match=r"dropout_rate must lie in \[0, 1\), got 1"):
         Dropout(1)
+
+
+def test_random_words_are_uniform_and_independent():
+    words = np.asarray(random_words(jax.random.key(0), (256, 1024)))
+    other = np.asarray(random_words(jax.random.key(1), (256, 1024)))
+    for sample in (words >> 24, words & 255, (words[:, 1:] ^ words[:, :-1]) >> 24, (words ^ other) >> 24):
+        counts = np.bincount(sample.ravel(), minlength=256)
+        assert scipy.stats.chisquare(counts).pvalue > 1e-4
+    # Every bit of every word is a fair coin, and so is its agreement with the next word's.
+    for shift in range(32):
+        bit = words.ravel() >> shift & 1
+        assert abs(bit.mean() - 0.5) < 5e-3
+        assert abs((bit[1:] == bit[:-1]).mean() - 0.5) < 5e-3
+    assert (words != other).mean() > 0.999
+
+
+def test_linear_has_the_derivatives_of_nnx_linear():
+    ours, theirs = (kind(5, 3, rngs=nnx.Rngs(0)) for kind in (Linear, nnx.Linear))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5))
+
+    def loss(layer, x):
+        return jnp.sum(jnp.sin(layer(x)))
+
+    np.testing.assert_array_equal(ours(x), theirs(x))
+    got, wanted = (nnx.grad(loss, argnums=(0, 1))(layer, x) for layer in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
+
+
+def test_long_rows_are_scored_in_parts(monkeypatch):
+    model = make_model()
+    batch = alone([3, 1, 4, 1, 5, 9, 2])
+    whole = np.asarray(model(batch))
+    monkeypatch.setattr(layers, "QUERIES_AT_ONCE", 4)
+    np.testing.assert_allclose(model(batch), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_is_used_in_training(interactions):

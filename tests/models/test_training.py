@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from models import metrics
+from models.compilation import jit
 from models.data import Interactions, drifting_interests
 from models.losses import binary_cross_entropy
 from models.registry import make_model
@@ -53,7 +54,7 @@ def test_an_epoch_is_its_steps_one_after_the_other(prepared, optimizer):
         expected = optax.apply_updates(expected, updates)
         losses.append(float(loss))
 
-    got, _, step_losses = loop.make_epoch(graphdef, tx, binary_cross_entropy)(
+    got, _, step_losses = jit(loop.make_epoch(graphdef, tx, binary_cross_entropy))(
         params, opt_state, prepared.packed, prepared.unseen, key
     )
     np.testing.assert_allclose(step_losses, losses, rtol=1e-4)
@@ -83,7 +84,7 @@ def test_the_best_epoch_is_tested(prepared, tmp_path):
 
     # Training again and stopping there ends with the parameters that were tested.
     graphdef, params, tx, opt_state = start(prepared, "sevo-gradient")
-    epoch_fn = loop.make_epoch(graphdef, tx, binary_cross_entropy)
+    epoch_fn = jit(loop.make_epoch(graphdef, tx, binary_cross_entropy))
     for epoch in range(1, result.best_epoch + 1):
         key = jax.random.fold_in(jax.random.key(CONFIG.seed), epoch)
         params, opt_state, _ = epoch_fn(params, opt_state, prepared.packed, prepared.unseen, key)
@@ -131,7 +132,7 @@ def test_every_optimizer_moves_the_table_differently(prepared):
     tables = {}
     for optimizer in OPTIMIZERS:
         graphdef, params, tx, opt_state = start(prepared, optimizer)
-        params, _, _ = loop.make_epoch(graphdef, tx, binary_cross_entropy)(
+        params, _, _ = jit(loop.make_epoch(graphdef, tx, binary_cross_entropy))(
             params, opt_state, prepared.packed, prepared.unseen, jax.random.key(0)
         )
         tables[optimizer] = nnx.merge(graphdef, params).output_layer()[0]

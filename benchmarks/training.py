@@ -1,0 +1,164 @@
+"""Seconds an epoch: SASRec and BERT4Rec here on packed rows, against plain PyTorch on padded rows.
+
+Everything takes turns in one process: an epoch with AdamW, an epoch with SEvo, some steps of PyTorch with AdamW (from
+which its epoch is computed), and so on; ratios are medians over the rounds. With --seeds, several seeds are trained in
+one program, too. Without torch, the PyTorch rows are left out.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+
+# Threads that wait must not take the core from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from models.compilation import jit
+from models.data import load
+from models.losses import LOSSES
+from models.registry import make_model
+from models.training import loop
+from models.training.config import TrainConfig
+from models.training.optimizers import make_optimizer
+from sevo_optax import state_axes
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+# What the paper's settings change for each data set.
+SETTINGS = {
+    ("sasrec", "beauty"): {},
+    ("sasrec", "ml-1m"): {"max_length": 200, "graph_max_length": 200, "batch_size": 128, "dropout_rate": 0.1},
+    ("bert4rec", "beauty"): {},
+    ("bert4rec", "ml-1m"): {
+        "max_length": 200,
+        "graph_max_length": 10,
+        "dropout_rate": 0.1,
+        "mask_probability": 0.2,
+        "learning_rate": 1e-3,
+        "b2": 0.999,
+    },
+}
+
+
+class Ours:
+    """Trains epoch after epoch; ``seeds`` of them at once."""
+
+    def __init__(self, prepared, config, optimizer, seeds=1):
+        models = [
+            make_model(config, num_items=prepared.interactions.num_items, max_length=config.max_length, seed=seed)
+            for seed in range(seeds)
+        ]
+        graphdef, first = nnx.split(models[0], nnx.Param)
+        tx = make_optimizer(optimizer, config, prepared.adjacency, models[0].item_tables)
+        epoch = loop.make_epoch(graphdef, tx, LOSSES[config.loss])
+        if seeds == 1:
+            self.params, self.state, self.key = first, tx.init(first), jax.random.key(0)
+            self.epoch = jit(epoch, donate_argnums=(0, 1))
+        else:
+            axes = state_axes(jax.eval_shape(tx.init, first))
+            self.params = jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(model, nnx.Param) for model in models))
+            self.state = jax.vmap(tx.init, out_axes=axes)(self.params)
+            self.key = jax.random.split(jax.random.key(0), seeds)
+            batched = jax.vmap(epoch, in_axes=(0, axes, None, None, 0), out_axes=(0, axes, 0))
+            self.epoch = jit(batched, donate_argnums=(0, 1))
+        self.data = prepared.packed, prepared.unseen
+
+    def seconds(self):
+        """Trains, and returns the seconds of an epoch."""
+        start = time.perf_counter()
+        self.params, self.state, losses = self.epoch(self.params, self.state, *self.data, self.key)
+        losses.block_until_ready()
+        return time.perf_counter() - start
+
+
+class Torch:
+    """Trains some steps on padded rows, and multiplies."""
+
+    def __init__(self, prepared, config, steps):
+        from torch_models import BERT4Rec, SASRec
+
+        sizes = (config.max_length, config.embedding_dim, config.num_blocks, config.num_heads, config.dropout_rate)
+        num_items, train = prepared.interactions.num_items, prepared.split.train
+        if config.model == "sasrec":
+            self.model, length = SASRec(num_items, *sizes), config.max_length + 1
+        else:
+            self.model, length = BERT4Rec(num_items, *sizes, config.mask_probability), config.max_length
+        rows = np.zeros((train.num_users, length), np.int64)
+        for row, sequence in zip(rows, train, strict=True):
+            row[length - min(length, len(sequence)) :] = sequence[-length:]
+        self.rows, self.batch_size, self.steps = torch.from_numpy(rows), config.batch_size, steps
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            betas=(config.b1, config.b2),
+            weight_decay=config.weight_decay,
+        )
+
+    def seconds(self):
+        """Trains, and returns the seconds of an epoch."""
+        start = time.perf_counter()
+        for _ in range(self.steps):
+            batch = self.rows[torch.randint(len(self.rows), (self.batch_size,))]
+            loss = self.model.loss(batch)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return (time.perf_counter() - start) / self.steps * -(-len(self.rows) // self.batch_size)
+
+
+def measure(model, path, options):
+    """Prints the table of one model on one data set."""
+    config = TrainConfig(model=model, data=path, **SETTINGS.get((model, path.stem if path else ""), {})).resolved()
+    prepared = loop.prepare(load(path), config)
+    arms = {"AdamW": Ours(prepared, config, "adamw"), "SEvo-AdamW": Ours(prepared, config, "sevo-adamw")}
+    if options.seeds > 1:
+        arms[f"SEvo-AdamW, {options.seeds} seeds"] = Ours(prepared, config, "sevo-adamw", options.seeds)
+    if torch is not None:
+        arms["PyTorch, AdamW"] = Torch(prepared, config, options.torch_steps)
+    for arm in tqdm(arms.values(), desc="compiling", leave=False, disable=None):
+        arm.seconds()
+    seconds = {name: [] for name in arms}
+    for _ in tqdm(range(options.rounds), desc=f"{model} rounds", leave=False, disable=None):
+        for name, arm in arms.items():
+            seconds[name].append(arm.seconds())
+    tokens = prepared.packed.num_tokens
+    name = path.stem if path else "embedded data"
+    places = prepared.interactions.num_users * config.max_length
+    print(f"\n{model} on {name}: {tokens:,} tokens an epoch in {prepared.packed.slot.size:,} places, padded {places:,}")
+    print(f"{'':<24}{'s/epoch':>9}{'tokens/s':>11}{'PyTorch/this':>14}{'this/SEvo-AdamW':>17}")
+    for arm, values in seconds.items():
+        against = [
+            statistics.median(x / y for x, y in zip(a, b, strict=True)) if a and b else float("nan")
+            for a, b in [(seconds.get("PyTorch, AdamW"), values), (values, seconds["SEvo-AdamW"])]
+        ]
+        median = statistics.median(values)
+        print(f"{arm:<24}{median:>9.2f}{tokens / median:>11,.0f}{against[0]:>14.2f}{against[1]:>17.2f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, nargs="*", default=[None], help="files 'user item item …'")
+    parser.add_argument("--models", nargs="*", default=["sasrec", "bert4rec"], choices=["sasrec", "bert4rec"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--torch-steps", type=int, default=3, help="steps of PyTorch a round")
+    parser.add_argument("--seeds", type=int, default=1, help="also train so many seeds in one program")
+    options = parser.parse_args()
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}", end="")
+    print(f", torch {torch.__version__}, {torch.get_num_threads()} threads" if torch else ", no torch")
+    for path in options.data:
+        for model in options.models:
+            measure(model, path, options)
+
+
+if __name__ == "__main__":
+    main()

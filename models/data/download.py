@@ -1,0 +1,195 @@
+"""Fetching and unpacking files: whole or not at all, and nowhere but in their folder."""
+
+import contextlib
+import gzip
+import hashlib
+import http.client
+import os
+import shutil
+import stat
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+CACHE_VARIABLE = "SEVO_OPTAX_CACHE"
+TIMEOUT = 30.0
+
+
+def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
+    """Where downloads are kept.
+
+    Args:
+      folder: this folder; None: what the environment variable ``SEVO_OPTAX_CACHE`` says, or else ``sevo-optax`` in the
+        user's cache folder (``XDG_CACHE_HOME``, or where the platform has it).
+    """
+    folder = folder or os.environ.get(CACHE_VARIABLE)
+    if folder:
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base and sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA")
+    if not base:
+        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(base) / "sevo-optax"
+
+
+def download(url: str, path: Path, *, md5: str | None = None, timeout: float = TIMEOUT) -> None:
+    """Downloads a file with a progress bar. It appears at ``path`` complete and checked, or not at all.
+
+    Args:
+      url: from where.
+      path: to where; the folder is made.
+      md5: the publisher's digest, in hexadecimal; None: checked are the length, if the server tells it, and the check
+        sums inside a gzip file.
+      timeout: seconds without any data after which to give up.
+
+    Raises:
+      FileNotFoundError: if it cannot be fetched, with the reason and where to put the file instead.
+      ValueError: if what came is not what was published.
+      OSError: if it cannot be written.
+    """
+    by_hand = f"download it by other means and put it at {path}"
+    with _writing(path) as file:
+        try:
+            with tqdm(desc=path.name, unit="B", unit_scale=True, dynamic_ncols=True, delay=0.5) as bar:
+                for chunk, bar.total in _receive(url, timeout):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+        except _UnreachableError as error:
+            raise FileNotFoundError(f"cannot download {url} ({error}); {by_hand}") from None
+        file.flush()
+        if md5 is not None:
+            check_md5(Path(file.name), md5, what=url, advice=f"it was not kept; try again, or {by_hand}")
+        elif path.suffix == ".gz":
+            _check_gzip(Path(file.name), url, by_hand)
+
+
+def check_md5(path: Path, md5: str, *, what: str, advice: str) -> None:
+    """Compares a file with its publisher's digest.
+
+    Raises:
+      ValueError: if they differ; ``what`` names the file, ``advice`` tells the way out.
+    """
+    with path.open("rb") as file:
+        # No secret depends on it: it is what the publisher gives.
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != md5:
+        raise ValueError(f"{what} has the MD5 digest {found}, but its publisher gives {md5}; {advice}")
+
+
+def _check_gzip(path: Path, url: str, by_hand: str) -> None:
+    try:
+        with gzip.open(path) as file:
+            while file.read(1 << 20):
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{url} came damaged ({error}); it was not kept; try again, or {by_hand}") from None
+
+
+def extract(archive: Path, folder: Path) -> None:
+    """Unpacks the folder of that name from a zip archive, which then appears as ``folder``, complete or not at all.
+
+    Args:
+      archive: a zip file with a folder called ``folder.name`` at its top.
+      folder: to where; must not exist yet.
+
+    Raises:
+      ValueError: if the archive is damaged, has no such folder, or an entry would end up outside.
+      FileExistsError: if the folder is there already.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already, but lacks files; move it away to unpack {archive} again")
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with _advising(folder), zipfile.ZipFile(archive) as file:
+            for entry in file.infolist():
+                _check_inside(archive, entry)
+            file.extractall(partial)
+            if not (partial / folder.name).is_dir():
+                raise ValueError(f"{archive} holds no folder {folder.name!r}; delete it to fetch it again")
+            try:
+                os.rename(partial / folder.name, folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process was faster
+                    raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise ValueError(f"{archive} is damaged ({error}); delete it to fetch it again") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_inside(archive: Path, entry: zipfile.ZipInfo) -> None:
+    """Refuses an entry that is a link or leads out of the folder, on any system."""
+    name = entry.filename
+    parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
+    leads_out = ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
+    if leads_out or stat.S_ISLNK(entry.external_attr >> 16):
+        raise ValueError(f"{archive} holds {name!r}, which leads out of its folder; nothing was unpacked")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at ``path`` when all has gone well, and leaves nothing otherwise."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    with _advising(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _advising(path: Path) -> Iterator[None]:
+    """Tells the way out when the disk is full or closed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # says all there is to say already
+            raise
+        raise OSError(
+            f"cannot write {path} ({error.strerror}); give another folder with --cache-dir or {CACHE_VARIABLE}"
+        ) from None
+
+
+class _UnreachableError(Exception):
+    """Why a file cannot be fetched."""
+
+
+def _receive(url: str, timeout: float) -> Iterator[tuple[bytes, int | None]]:
+    """Yields the body in pieces, each with the number of bytes promised in all."""
+    request = urllib.request.Request(url, headers={"User-Agent": "sevo-optax"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            length = response.headers.get("Content-Length")
+            promised = int(length) if length is not None and length.isdigit() else None
+            received = 0
+            while chunk := response.read1(1 << 16):
+                received += len(chunk)
+                yield chunk, promised
+    except urllib.error.HTTPError as error:
+        with error:  # it holds the connection
+            raise _UnreachableError(f"HTTP {error.code} {error.reason}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _UnreachableError(_reason(error, timeout)) from None
+    if promised is not None and received != promised:
+        raise _UnreachableError(f"the connection ended after {received:,} of {promised:,} bytes")
+
+
+def _reason(error: Exception, timeout: float) -> str:
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, TimeoutError):
+        return f"no answer for {timeout:g} s"
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

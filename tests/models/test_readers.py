@@ -1,0 +1,543 @@
+import datetime
+import gzip
+import json
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import polars as pl
+import pytest
+
+from models.__main__ import main
+from models.data import item_numbers, load, read_attributes
+from models.data.readers import SUFFIXES
+from models.training.config import DataFormat, SourceConfig
+
+# Users and items out of order, ties in time (user 7 at 30: 12 before 5), and a repeated pair (9, 5).
+ROWS = [(9, 5, 4, 50), (7, 12, 5, 30), (7, 5, 3, 30), (9, 12, 1, 20), (7, 100, 2, 10), (9, 5, 2, 60), (11, 5, 2, 1)]
+NAMES = ("user_id", "item_id", "rating", "timestamp")
+
+
+def as_raw(interactions):
+    """user id -> items and times in raw ids: nothing of the numbering is left."""
+    ids = interactions.item_ids[interactions.items].tolist()
+    times = [None] * len(ids) if interactions.times is None else interactions.times.tolist()
+    pairs = list(zip(ids, times, strict=True))
+    bounds = zip(interactions.user_ids.tolist(), interactions.offsets[:-1], interactions.offsets[1:], strict=True)
+    return {user: pairs[begin:end] for user, begin, end in bounds}
+
+
+def expected(rows):
+    """The same from rows (user, item, …, time), by sorting lists."""
+    users = {}
+    for user, item, *_, time in rows:
+        users.setdefault(user, []).append((item, time))
+    return {user: sorted(pairs, key=lambda pair: 0 if pair[1] is None else pair[1]) for user, pairs in users.items()}
+
+
+def text(rows, separator, header=None):
+    lines = [separator.join(map(str, row)) for row in rows]
+    return "\n".join([*([separator.join(header)] if header else []), *lines]) + "\n"
+
+
+def json_lines(rows, names=("reviewerID", "asin", "overall", "unixReviewTime")):
+    return "".join(json.dumps({"reviewText": "fine, ::\n"} | dict(zip(names, row, strict=True))) + "\n" for row in rows)
+
+
+TYPED = ("user_id:token", "item_id:token", "rating:float", "timestamp:float")
+FILES = {
+    "a.csv": text(ROWS, ",", NAMES),
+    "b.CSV": text(ROWS, ";", ["userId", "movieId", "rating", "Time"]),
+    "c.csv.gz": text(ROWS, ",", NAMES),
+    "d.tsv": text(ROWS, "\t", ["uid", " asin ", "x", "date"]),
+    "e.inter": text(ROWS, "\t", TYPED),
+    "ratings.dat": text(ROWS, "::"),
+    "u.data": text(ROWS, "\t"),
+    "f.json": json_lines(ROWS),
+    "g.json.gz": json_lines(ROWS),
+    "h.jsonl": "\n" + json_lines(ROWS) + "\n\n",
+    "windows.csv": "\ufeff" + text(ROWS, ",", NAMES).replace("\n", "\r\n") + "\r\n",
+}
+
+
+def write(path, content):
+    data = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def write_parquet(path, **columns):
+    pl.DataFrame(columns).write_parquet(path)
+    return path
+
+
+class TestFormats:
+    @pytest.mark.parametrize("name", FILES)
+    def test_every_format_gives_the_same(self, tmp_path, name):
+        data = load(write(tmp_path / name, FILES[name]))
+        assert as_raw(data) == expected(ROWS)
+        assert as_raw(data)[7] == [(100, 10), (12, 30), (5, 30)]
+        assert data.user_ids.dtype == data.item_ids.dtype == data.times.dtype == np.int64
+        assert data.items.dtype == np.int32
+        assert data.offsets.dtype == np.int64
+        assert data.num_items == 3
+        assert data.item_ids.tolist() == [0, 5, 12, 100]
+
+    def test_parquet(self, tmp_path):
+        path = write_parquet(tmp_path / "a.parquet", **dict(zip(NAMES, zip(*ROWS, strict=True), strict=True)))
+        assert as_raw(load(path)) == expected(ROWS)
+
+    @pytest.mark.parametrize("suffix", SUFFIXES)
+    def test_the_suffix_can_be_overruled(self, tmp_path, suffix):
+        path = write(tmp_path / f"misnamed{suffix}", FILES["a.csv"])
+        if suffix == ".data":
+            path = path.rename(tmp_path / "misnamed.xyz")
+        assert as_raw(load(path, data_format="csv")) == expected(ROWS)
+
+    def test_compression_is_seen_in_the_file_not_in_its_name(self, tmp_path):
+        path = tmp_path / "a.csv"
+        path.write_bytes(gzip.compress(FILES["a.csv"].encode()))
+        assert as_raw(load(path)) == expected(ROWS)
+        path = tmp_path / "b.csv.gz"
+        path.write_text(FILES["a.csv"])
+        assert as_raw(load(path)) == expected(ROWS)
+
+    def test_sequences_keep_their_ids(self, tmp_path):
+        path = write(tmp_path / "a.txt.gz", "30 2 9\n4 9 1 1\n")
+        data = load(path)
+        assert as_raw(data) == {30: [(2, None), (9, None)], 4: [(9, None), (1, None), (1, None)]}
+        assert data.num_items == 9
+        assert data.item_ids.tolist() == list(range(10))
+        assert data.notes == ("in the order of each line",)
+
+    def test_sequences_and_embedded_data_need_no_polars(self, tmp_path):
+        path = write(tmp_path / "a.txt", "1 2 3\n")
+        code = (
+            f"import sys; from models.data import load; load({str(path)!r}); load(); assert 'polars' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_words_of_the_options(self):
+        assert set(SUFFIXES.values()) == set(DataFormat.__args__) - {"auto"}
+
+
+class TestColumns:
+    def test_given_by_name(self, tmp_path):
+        path = write(tmp_path / "a.csv", text(ROWS, ",", ["item_id", "user_id", "time", "when"]))
+        data = load(path, user_column="item_id", item_column="user_id", time_column="when")
+        assert as_raw(data) == expected(ROWS)
+        assert data.notes == ("users from 'item_id', items from 'user_id', in order of 'when', ties as in the file",)
+
+    def test_without_a_header(self, tmp_path):
+        path = write(tmp_path / "a.csv", text(ROWS, ","))
+        assert as_raw(load(path, header=False)) == expected(ROWS)
+        swapped = load(path, header=False, user_column="2", item_column="1", time_column="none")
+        assert as_raw(swapped) == expected([(item, user, None) for user, item, _, _ in ROWS])
+        assert swapped.times is None
+
+    def test_three_columns_without_a_header_have_no_times(self, tmp_path):
+        path = write(tmp_path / "a.tsv", text([row[:3] for row in ROWS], "\t"))
+        data = load(path, header=False)
+        assert as_raw(data) == expected([(user, item, None) for user, item, _, _ in ROWS])
+        assert "in the order of the file (no column of times among 1, 2, 3)" in data.notes[0]
+
+    def test_a_missing_time_column_is_told(self, tmp_path):
+        data = load(write(tmp_path / "a.csv", "user,item,mood\nb,x,1\na,y,2\nb,a,3\n"))
+        assert as_raw(data) == {"a": [("y", None)], "b": [("x", None), ("a", None)]}
+        assert data.notes == (
+            "users from 'user', items from 'item', in the order of the file "
+            "(no column of times among user, item, mood)",
+        )
+
+    def test_the_most_usual_name_is_taken(self, tmp_path):
+        path = write(tmp_path / "a.csv", "asin,item_id,date,timestamp,user,reviewerID\n1,2,3,4,5,6\n")
+        assert as_raw(load(path)) == {5: [(2, 4)]}
+
+    def test_sequences_of_recbole_are_passed_over(self, tmp_path):
+        header = "user_id:token\titem_id:token_seq\tmovie_id:token\n"
+        assert as_raw(load(write(tmp_path / "a.inter", header + "1\t2 3\t4\n"))) == {1: [(4, None)]}
+
+    @pytest.mark.parametrize(
+        ("name", "content", "options", "message"),
+        [
+            ("a.csv", FILES["a.csv"], {"user_column": "who"}, "no column 'who'; it has user_id, item_id, rating, time"),
+            ("a.csv", FILES["a.csv"], {"item_column": "x"}, "item_column: .*a.csv has no column 'x'; it has user_id"),
+            ("a.csv", FILES["a.csv"], {"time_column": "x"}, "time_column: .*a.csv has no column 'x'; it has user_id"),
+            (
+                "a.csv",
+                FILES["a.csv"],
+                {"user_column": "item_id"},
+                "different columns, got user 'item_id', item 'item_i",
+            ),
+            (
+                "a.csv",
+                "who,item\n1,2\n",
+                {},
+                "user_column: no column of .* usual name of user ids; say which of who, i",
+            ),
+            ("a.csv", "user,what\n1,2\n", {}, "item_column: no column of .* usual name of item ids; say which of user"),
+            ("a.csv", "1,2,3\n4,5,6\n", {}, "say which of 1, 2, 3 it is .or --no-header, if that is a row of data"),
+            ("a.csv", "1\n2\n", {"header": False}, "item_column: no column of"),
+            (
+                "a.inter",
+                "user_id\titem_id\n1\t2\n",
+                {},
+                "line 1: 'user_id' has no type; a .inter file has columns such",
+            ),
+            ("a.dat", "1,2,3\n", {}, "line 1, has no '::'; the format is 'user::item::rating::time'"),
+            ("a.txt", "1 2 3\n", {"item_column": "asin"}, "item_column: .*a.txt is read as S3-Rec text"),
+            ("a.json", json_lines(ROWS), {"user_column": "x"}, "no column 'x'; it has reviewText, reviewerID, asin"),
+        ],
+    )
+    def test_refuses(self, tmp_path, name, content, options, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(write(tmp_path / name, content), **options)
+        assert "\n" not in str(caught.value)
+
+
+class TestIds:
+    @pytest.mark.parametrize(
+        ("ids", "found"),
+        [
+            (["7", "10", "-2"], [-2, 7, 10]),
+            (["7", "007", "10"], ["007", "10", "7"]),
+            (["7", "+7", "1"], ["+7", "1", "7"]),
+            (["7", "7.0", "a"], ["7", "7.0", "a"]),
+            (["1", "9223372036854775808", "2"], ["1", "2", "9223372036854775808"]),
+            (["é", "日本", '"a,b"'], ["a,b", "é", "日本"]),
+            ([" x", "x", "nan"], [" x", "nan", "x"]),
+        ],
+    )
+    def test_text_is_read_as_it_is_written(self, tmp_path, ids, found):
+        path = write(tmp_path / "a.csv", "user,item\n" + "".join(f"1,{i}\n" for i in ids))
+        data = load(path)
+        assert data.item_ids[1:].tolist() == found
+        path = write(tmp_path / "b.csv", "item,user\n" + "".join(f"1,{i}\n" for i in ids))
+        assert load(path).user_ids.tolist() == found
+
+    @pytest.mark.parametrize(
+        ("ids", "found"),
+        [
+            (["7", "10"], ["10", "7"]),
+            (pl.Series(["b", "a"], dtype=pl.Categorical), ["a", "b"]),
+            (pl.Series([7.0, 3.0]), [3, 7]),
+            (pl.Series([7, 3], dtype=pl.UInt8), [3, 7]),
+            (pl.Series([7, 2**64 - 1], dtype=pl.UInt64), [str(2**64 - 1), "7"]),
+        ],
+    )
+    def test_types_of_parquet(self, tmp_path, ids, found):
+        data = load(write_parquet(tmp_path / "a.parquet", user=[1, 2], item=ids))
+        assert data.item_ids[1:].tolist() == found
+
+    @pytest.mark.parametrize(
+        ("ids", "found"), [(["7", 10], ["10", "7"]), ([7, 10], [7, 10]), ([7, 2**70], [str(2**70), "7"])]
+    )
+    def test_types_of_json(self, tmp_path, ids, found):
+        lines = "".join(json.dumps({"user": 1, "item": i}) + "\n" for i in ids)
+        assert load(write(tmp_path / "a.json", lines)).item_ids[1:].tolist() == found
+
+    def test_numbers_of_raw_ids(self):
+        integers, words = np.array([0, 5, 0, 12]), np.array(["", "12", "x"])
+        assert item_numbers(integers, [12, "5", np.int64(5), 0, 7, "x", "", "0", 5.0]).tolist() == [
+            3,
+            1,
+            1,
+            2,
+            0,
+            0,
+            0,
+            2,
+            1,
+        ]
+        assert item_numbers(words, ["x", 12, "", None, np.str_("x")]).tolist() == [2, 1, 0, 0, 2]
+        assert item_numbers(words, []).dtype == np.int32
+
+    def test_attributes_find_raw_ids(self, tmp_path, capsys):
+        data = write(tmp_path / "a.csv", "user,item\n1,500\n1,30\n2,500\n2,7\n")
+        table = write(tmp_path / "items.csv", "item_id,genres\n30,A\n500,A\n9,A\n7,B\n")
+        assert read_attributes(table)[0].tolist() == [30, 500, 9, 7]
+        out = tmp_path / "out"
+        assert main(["graph", "--data", str(data), "--attributes", str(table), "--output-dir", str(out)]) == 0
+        from sevo_optax import graph
+
+        assert np.argwhere(np.asarray(graph.load(out / "weights.npz").todense())).tolist() == [[2, 3], [3, 2]]
+
+
+class TestTimes:
+    @pytest.mark.parametrize(
+        ("times", "seconds"),
+        [
+            (["10", "9.5", "1e1"], [10.0, 9.5, 10.0]),
+            (["1970-01-02", "1970-01-01 00:00:01", "1970-01-01T01:00:00+01:00"], [86400.0, 1.0, 0.0]),
+            (["1970-01-01T00:00:00Z", "1970-01-01T00:00:00.25", "1970-01-01"], [0.0, 0.25, 0.0]),
+            (["9223372036854775807", "9223372036854775806", "3"], [2**63 - 1, 2**63 - 2, 3]),
+        ],
+    )
+    def test_text(self, tmp_path, times, seconds):
+        path = write(tmp_path / "a.csv", "user,item,time\n" + "".join(f"1,{i},{t}\n" for i, t in enumerate(times)))
+        assert as_raw(load(path)) == expected([(1, i, second) for i, second in enumerate(seconds)])
+
+    @pytest.mark.parametrize("dtype", [pl.Datetime("ms"), pl.Datetime("ns"), pl.Datetime("us", "Asia/Tokyo"), pl.Date])
+    def test_dates_of_parquet(self, tmp_path, dtype):
+        days = [datetime.datetime(1970, 1, 3, tzinfo=datetime.UTC), datetime.datetime(1970, 1, 2, tzinfo=datetime.UTC)]
+        times = (
+            pl.Series(days).cast(pl.Date) if dtype == pl.Date else pl.Series(days).dt.cast_time_unit("us").cast(dtype)
+        )
+        path = write_parquet(tmp_path / "a.parquet", user=[1, 1], item=[1, 2], timestamp=times)
+        assert as_raw(load(path)) == {1: [(2, 86400.0), (1, 172800.0)]}
+
+    MISSING = "the time is missing; correct or remove the row, or give --time-column none"
+
+    @pytest.mark.parametrize(
+        ("times", "message"),
+        [
+            (["1", "", "3"], f"row 2 .a header not counted., column 'time': {MISSING}"),
+            (["1", '""', "3"], f"row 2 .*{MISSING}"),
+            (["1", "2", "-3"], "row 3 .*: -3: the time is negative"),
+            (["1", "2.5", "-0.5"], "row 3 .*: '-0.5': the time is negative"),
+            (["1.5", "nan", "3"], "row 2 .*: 'nan': the time is no finite number"),
+            (["1.5", "inf", "3"], "row 2 .*: 'inf': the time is no finite number"),
+            (["1", "2", "soon"], "row 3 .*: 'soon': the time is no number, as those before are"),
+            (["soon", "2", "3"], "row 1, column 'time': 'soon' is neither a number nor a date such as 2001-12-31"),
+            (["2001-02-28", "2001-02-29", "2001-03-01"], "row 2, column 'time': '2001-02-29' is neither a number nor"),
+            (["2001-02-28", "7", "2001-03-01"], "row 2, column 'time': '7' is neither"),
+            (["1969-12-31", "2001-02-28", "2001-03-01"], "row 1 .*: '1969-12-31': the time is negative"),
+        ],
+    )
+    def test_refuses(self, tmp_path, times, message):
+        path = write(tmp_path / "a.csv", "user,item,time\n" + "".join(f"1,{i},{t}\n" for i, t in enumerate(times)))
+        with pytest.raises(ValueError, match=message) as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert load(path, time_column="none").items.tolist() == [1, 2, 3]
+
+    @pytest.mark.parametrize(
+        ("times", "message"),
+        [
+            ([1.0, None], f"row 2 .*{MISSING}"),
+            ([float("nan"), 1.0], "row 1 .*: nan: the time is no finite number"),
+            ([3, -1], "row 2 .*: -1: the time is negative"),
+            ([True, False], "column 'time' holds Boolean, but times are numbers or dates"),
+        ],
+    )
+    def test_refuses_of_parquet(self, tmp_path, times, message):
+        with pytest.raises(ValueError, match=message):
+            load(write_parquet(tmp_path / "a.parquet", user=[1, 2], item=[1, 2], time=times))
+
+
+class TestBadFiles:
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.csv", "", "is empty; it needs at least one row"),
+            ("a.csv", "\n\r\n", "is empty"),
+            ("a.csv", "user,item,time\n", "holds no interactions"),
+            ("a.csv.gz", "", "is empty"),
+            ("a.dat", "", "is empty"),
+            ("a.inter", "user_id:token\titem_id:token\n", "holds no interactions"),
+            ("a.json", "", "is empty; it needs at least one line"),
+            ("a.json.gz", "\n", "is empty; it needs at least one line"),
+            ("a.parquet", "", "cannot be read as parquet .*; get or write the file again"),
+            ("a.parquet", "PAR1 no parquet", "cannot be read as parquet"),
+            ("a.csv", "user,item\n1,2\n1,2,3\n1,2,3,4\n", "line 3, has 3 fields, but the first line has 2; correct"),
+            ("a.dat", "1::2::3::4\n1::2::3::4::5\n", "line 2, has 5 fields, but the first line has 4"),
+            ("a.tsv", "user\titem\n1\t2\n1\t2\t3\n", "line 3, has 3 fields"),
+            ("a.csv", "user,item,title,time\n1,2,One,3\n1,3,Two, Three,4\n", "line 3, has 5 fields"),
+            ("a.txt", "1 1 2 1000001\n", "the item ids reach to 1000001, but only 3 occur; number the items from 1"),
+            (
+                "a.csv",
+                'user,item\n"1,2\n3,4\n',
+                "as a table .*; check its quotes and separators|row 1 .*, column 'item'",
+            ),
+            ("a.csv", b"user,item,title\n1,2,x\n1,3,caf\xe9\n", "line 3, is not UTF-8 text; convert the file to UTF-8"),
+            ("a.csv", "user,item\n1,é\n".encode("utf-16"), "line 1, is not UTF-8 text"),
+            ("a.csv", b"user,item\n1,\xc3", "line 2, is not UTF-8 text"),
+            ("a.dat", b"1::2::3::4\n\xff::2::3::4\n", "line 2, is not UTF-8 text"),
+            ("a.json", b'{"user": 1, "item": 2}\n{"user": "\xe9", "item": 2}\n', "line 2, is not UTF-8 text"),
+            (
+                "a.json",
+                '{"user": 1, "item": 2}\n\n{"user": 1, "it',
+                "line 3, is no JSON .*; the format is one object a",
+            ),
+            ("a.json", '[{"user": 1, "item": 2}]\n', "line 1, is no JSON object; the format is one object a line"),
+            ("a.json", "{'user': 1, 'item': 2}\n", "line 1, is no JSON"),
+            ("a.json", '{"user": 1, "item": [2]}\n', r"row 1: 'item' is \[2\]; it must be a number or text"),
+            (
+                "a.json",
+                '{"user": 1, "item": 2}\n{"user": true, "item": 2}\n',
+                "row 2: 'user' is True; it must be a numb",
+            ),
+            ("a.json", '{"user": 1, "item": 2}\n{"user": 1}\n', "row 2 .*, column 'item': the item id is missing"),
+            ("a.json", '{"user": 1, "item": 2.5}\n', "column 'item': 2.5: the item id must be an integer or text"),
+            ("a.csv", "user,item\n1,2\n,3\n", "row 2 .a header not counted., column 'user': the user id is missing"),
+            ("a.csv", 'user,item\n1,2\n1,""\n', "row 2 .*, column 'item': the item id is missing; give the row one"),
+            ("a.csv", "user,item\n1,x\n1,  \n", "row 2 .*, column 'item': '  ': the item id is missing"),
+            ("a.csv", "user,item\n1,2\n\n3,4\n", "row 2 .*, column 'user': the user id is missing"),
+            ("a.csv", "user,item\n1,2\n3\n", "row 2 .*, column 'item': the item id is missing"),
+            ("a.xyz", "1 2 3\n", "the suffix of .*a.xyz says nothing of its format; rename it to one of .csv, .tsv"),
+            ("none", "1 2 3\n", "or give --data-format {csv,tsv,parquet"),
+        ],
+    )
+    def test_one_clear_line(self, tmp_path, name, content, message):
+        path = write(tmp_path / name, content)
+        with pytest.raises(ValueError, match=message) as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["a.csv.gz", "a.json.gz", "a.txt.gz", "a.parquet"])
+    @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+    def test_cut_short(self, tmp_path, name, share):
+        rng = np.random.default_rng(0)
+        rows = rng.integers(1, 100_000, (2000, 4)).tolist()
+        path = tmp_path / name
+        if name == "a.parquet":
+            write_parquet(path, **dict(zip(NAMES, zip(*rows, strict=True), strict=True)))
+        else:
+            kinds = {"a.csv.gz": text(rows, ",", NAMES), "a.json.gz": json_lines(rows)}
+            write(path, kinds.get(name) or "".join(f"{i} {' '.join(map(str, row))}\n" for i, row in enumerate(rows)))
+        assert len(load(path)) in (2000, 8000)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=r"again$") as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_damaged_gzip(self, tmp_path):
+        path = write(tmp_path / "a.csv.gz", FILES["a.csv"] * 50)
+        data = bytearray(path.read_bytes())
+        data[-6] ^= 0xFF  # the check sum
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"is damaged or cut short .*; get the file again"):
+            load(path)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"does not exist; give a file of interactions .* ml-100k"):
+            load(tmp_path / "a.csv")
+        with pytest.raises(FileNotFoundError, match="is a folder"):
+            load(tmp_path)
+
+    @pytest.mark.parametrize(("ids", "kind"), [([[1], [2]], "List"), ([True, False], "Boolean"), ([b"a", b"b"], "Bin")])
+    def test_ids_that_are_none(self, tmp_path, ids, kind):
+        path = write_parquet(tmp_path / "a.parquet", user=ids, item=[1, 2])
+        with pytest.raises(ValueError, match=f"column 'user' holds {kind}.*, but user ids are integers or text"):
+            load(path)
+
+    @pytest.mark.parametrize(
+        ("ids", "message"),
+        [
+            ([1, None], "row 2 .*: the item id is missing"),
+            ([1.0, None], "row 2 .*: the item id is missing"),
+            ([float("nan"), 1.0], "row 1 .*: the item id is missing"),
+            ([1.0, 2.5], "row 2 .*: 2.5: the item id must be an integer or text, not a fraction"),
+            ([1.0, float("inf")], "row 2 .*: inf: the item id must be an integer"),
+            (["a", ""], "row 2 .*: the item id is missing"),
+        ],
+    )
+    def test_missing_ids_of_parquet(self, tmp_path, ids, message):
+        with pytest.raises(ValueError, match=message):
+            load(write_parquet(tmp_path / "a.parquet", user=[1, 2], item=ids))
+
+
+# Whatever a text field may hold; line ends and NUL are left to csv's own rules.
+WORDS = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0\r\n", exclude_categories=["Cs"]), min_size=1
+).filter(str.strip)
+
+
+@hypothesis.given(
+    st.lists(st.tuples(WORDS, st.one_of(WORDS, st.integers().map(str)), st.integers(0, 5)), min_size=1, max_size=20)
+)
+def test_quoted_csv_against_sorted_lists(tmp_path_factory, rows):
+    def quoted(field):
+        return '"' + str(field).replace('"', '""') + '"'
+
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    write(path, "user,item,time\n" + "".join(",".join(map(quoted, row)) + "\n" for row in rows))
+
+    def integers(column):  # where all of a column are, it is read as integers
+        return [int(x) for x in column] if all(_is_integer(x) for x in column) else column
+
+    users, items, times = zip(*rows, strict=True)
+    assert as_raw(load(path)) == expected(zip(integers(users), integers(items), times, strict=True))
+
+
+def _is_integer(word):
+    return word.isascii() and word.lstrip("-").isdigit() and str(int(word)) == word and -(2**63) <= int(word) < 2**63
+
+
+class TestCommandLine:
+    def run(self, capsys, *arguments):
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    def test_options_reach_the_reader(self, tmp_path, capsys):
+        rows = [(f"u{u}", f"i{(3 * u + i) % 8}", i) for u in range(12) for i in range(5)] + [("once", "i1", 0)]
+        path = write(tmp_path / "a.csv", text(rows, ";", ["who", "what", "when"]))
+        options = ["--user-column", "who", "--item-column", "what", "--time-column", "when", "--duplicates", "first"]
+        options += ["--min-user-interactions", 3, "--min-item-interactions", 2, "--output-dir", tmp_path / "out"]
+        status, printed, _ = self.run(capsys, "graph", "--data", path, *options)
+        assert status == 0
+        assert f"{path}: 12 users, 8 items, 60 interactions (62.50% of all pairs, 5.0 a user)\n" in printed
+        assert "users from 'who', items from 'what', in order of 'when', ties as in the file\n" in printed
+        assert "duplicates, first kept: 0 interactions removed\n" in printed
+        assert "removed 1 users, 0 items and 1 interactions in 1 round\n" in printed
+
+    def test_a_file_without_a_header(self, tmp_path, capsys):
+        path = write(tmp_path / "a.csv", text(ROWS, ","))
+        options = ["--no-header", "--time-column", "none", "--part", "all", "--output-dir", tmp_path / "out"]
+        status, printed, _ = self.run(capsys, "graph", "--data", path, *options)
+        assert status == 0
+        assert "users from '1', items from '2', in the order of the file\n" in printed
+
+    def test_every_option_of_the_source_is_passed_on(self, tmp_path):
+        path = write(tmp_path / "a.xyz", text(ROWS, "\t"))
+        config = SourceConfig(data=path, data_format="tsv", header=False, duplicates="last", min_user_interactions=2)
+        assert as_raw(config.load_interactions()) == {7: [(100, 10), (12, 30), (5, 30)], 9: [(12, 20), (5, 60)]}
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("user,item\n1,2\n1,\n", "row 2 (a header not counted), column 'item': the item id is missing"),
+            ("user,item,time\n1,2,3\n1,2,-3\n", "-3: the time is negative"),
+            ("a,b\n1,2\n", "user_column: no column"),
+            ("user,item\n1,2\n1,3\n2,3\n", "user 1 of 2 has 2 interactions (id 1), but leave-one-out needs at least 3"),
+            ("user,item\n1,9\n1,9\n1,9\n1,9\n", "user 1 has interacted with all 1 items"),
+            ("user,item\n1,9\n1,8\n1,7\n", "no user has two interactions to train on"),
+        ],
+    )
+    def test_bad_data_is_one_line_and_status_2(self, tmp_path, capsys, content, message):
+        path = write(tmp_path / "bad.csv", content)
+        status, _, err = self.run(capsys, "train", "--data", path, "--output-dir", tmp_path / "out")
+        assert status == 2
+        assert err.startswith("error: ")
+        assert message in err
+        assert err.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--data-format", "xls"], "invalid choice 'xls'"),
+            (["--duplicates", "none"], "invalid choice 'none'"),
+            (["--split", "random"], "invalid choice 'random'"),
+            (["--min-user-interactions", "-1"], "min_user_interactions must be at least 0, got -1"),
+            (["--min-item-interactions", "99"], "nothing of 3 users, 3 items, 7 interactions"),
+            (
+                ["--split", "global-time", "--split-quantiles", "0.9", "0.8"],
+                "split_quantiles must ascend between 0 and 1",
+            ),
+            (["--split", "global-time", "--split-quantiles", "0.5", "nan"], "split_quantiles must ascend"),
+            (["--split", "global-time", "--split-times", "20", "soon"], "split_times must be a number or a date"),
+        ],
+    )
+    def test_bad_options_are_one_line_and_status_2(self, tmp_path, capsys, options, message):
+        path = write(tmp_path / "a.csv", FILES["a.csv"])
+        status, _, err = self.run(capsys, "train", "--data", path, *options, "--output-dir", tmp_path / "out")
+        assert status == 2
+        assert message in err
+        assert err.count("\n") == 1
