@@ -17,7 +17,7 @@ test: $(VENV)/.test  ## format and lint checks, then every test
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --cov=sevo_optax --cov-report=term
 
-bench: $(VENV)/.bench  ## the benchmarks that need nothing but this clone
+bench: $(VENV)/.models  ## the benchmarks that need nothing but this clone (torch joins in if it is there)
 	$(BIN)/python benchmarks/propagation.py
 	$(BIN)/python benchmarks/overhead.py
 

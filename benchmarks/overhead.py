@@ -38,8 +38,9 @@ def make_step(prepared, config, optimizer):
             return binary_cross_entropy(nnx.merge(graphdef, params), packed.batch(index), unseen, key)
 
         loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, loss
 
     return step, params, tx.init(params)
 

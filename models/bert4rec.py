@@ -9,7 +9,7 @@ from flax import nnx
 
 from models.data.interactions import Interactions
 from models.data.packing import Batch
-from models.layers import Attention, Dropout, Linear, split_keys, stacked_xavier_uniform
+from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys, stacked_xavier_uniform
 
 _xavier_normal = nnx.initializers.xavier_normal()
 
@@ -39,10 +39,10 @@ class EncoderLayer(nnx.Module):
             out_init=clipped_xavier_normal,
             rngs=rngs,
         )
-        self.attention_norm = nnx.LayerNorm(embedding_dim, epsilon=1e-5, rngs=rngs)
+        self.attention_norm = LayerNorm(embedding_dim, epsilon=1e-5, rngs=rngs)
         self.feed_forward_in = linear(embedding_dim, 4 * embedding_dim)
         self.feed_forward_out = linear(4 * embedding_dim, embedding_dim)
-        self.feed_forward_norm = nnx.LayerNorm(embedding_dim, epsilon=1e-5, rngs=rngs)
+        self.feed_forward_norm = LayerNorm(embedding_dim, epsilon=1e-5, rngs=rngs)
         self.dropout = Dropout(dropout_rate)
 
     def __call__(self, x: jax.Array, segments: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -113,7 +113,7 @@ class BERT4Rec(nnx.Module):
         embed = partial(nnx.Embed, features=embedding_dim, embedding_init=clipped_xavier_normal, rngs=rngs)
         self.item_embedding = embed(num_items + 2)
         self.position_embedding = embed(max_length)
-        self.norm = nnx.LayerNorm(embedding_dim, epsilon=1e-5, rngs=rngs)
+        self.norm = LayerNorm(embedding_dim, epsilon=1e-5, rngs=rngs)
         self.blocks = nnx.List(
             [EncoderLayer(embedding_dim, num_heads, dropout_rate, rngs=rngs) for _ in range(num_blocks)]
         )

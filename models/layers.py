@@ -11,7 +11,7 @@ from flax import nnx
 BLOCKED = -1e9
 
 # Most queries of a causal row that are scored together: fewer save work, more save calls.
-QUERIES_AT_ONCE = 128
+QUERIES_AT_ONCE = 64
 
 # PyTorch draws query, key and value as one (3 · dim, dim) matrix, xavier-uniform; published models inherit that.
 stacked_xavier_uniform = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
@@ -93,7 +93,49 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (…, in_features) to (…, out_features)."""
-        return _affine(x, self.kernel[...], self.bias[...])
+        with jax.named_scope("projections"):
+            return _affine(x, self.kernel[...], self.bias[...])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    return _standardize(x, epsilon)[0] * scale + bias
+
+
+def _standardize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
+    return centred * inverse, inverse
+
+
+def _normalize_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _normalize(x, scale, bias, epsilon), (x, scale)
+
+
+def _normalize_backward(
+    epsilon: float, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale = saved
+    standard, inverse = _standardize(x, epsilon)
+    inner = gradient * scale
+    along = jnp.mean(inner * standard, axis=-1, keepdims=True)
+    x_gradient = inverse * (inner - jnp.mean(inner, axis=-1, keepdims=True) - standard * along)
+    gradients = gradient.reshape(-1, gradient.shape[-1])
+    ones = jnp.ones(len(gradients), gradients.dtype)
+    return x_gradient, ones @ (gradients * standard.reshape(gradients.shape)), ones @ gradients
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """``nnx.LayerNorm`` with a backward pass that sums over tokens by matrix products, see :class:`Linear`."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis."""
+        return _normalize(x, self.scale[...], self.bias[...], self.epsilon)
 
 
 class Attention(nnx.Module):
@@ -156,15 +198,31 @@ class Attention(nnx.Module):
         def split(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
-        length = query.shape[1]
         q, k, v = split(self.query(query)), split(self.key(memory)), split(self.value(memory))
         q = q * q.shape[-1] ** -0.5
+        with jax.named_scope("attention"):
+            mixed = self._attend(q, k, v, segments, key, causal=causal, padding=padding)
+        return self.out(mixed.reshape(query.shape))
+
+    def _attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: jax.Array,
+        key: jax.Array | None,
+        *,
+        causal: bool,
+        padding: jax.Array | None,
+    ) -> jax.Array:
+        """Attends with queries, keys and values (rows, row_length, heads, dim a head), see :meth:`__call__`."""
+        length = q.shape[1]
         # Blank places are all alike, and the projections of zeros are the biases: attention to them is attention to one
         # key, with a score raised by the logarithm of their number.
         blank = None
         if padding is not None:
             raised = jnp.where(padding > 0, jnp.log(jnp.maximum(padding, 1)), BLOCKED)
-            blank = jnp.einsum("bqhd,hd->bhq", q, split(self.key.bias[...])) + raised[:, None]
+            blank = jnp.einsum("bqhd,hd->bhq", q, self.key.bias[...].reshape(q.shape[2:])) + raised[:, None]
         # Nothing sees what comes later: the first queries need the first keys only.
         step = -(-length // -(-length // QUERIES_AT_ONCE)) if causal else length
         mixed = []
@@ -177,7 +235,7 @@ class Attention(nnx.Module):
             scores = jnp.where(seen[:, None], scores, BLOCKED)
             part_key = None if key is None else jax.random.fold_in(key, i)
             mixed.append(self._mix(scores, v[:, :stop], None if blank is None else blank[..., start:stop], part_key))
-        return self.out(jnp.concatenate(mixed, axis=1).reshape(query.shape))
+        return jnp.concatenate(mixed, axis=1)
 
     def _mix(self, scores: jax.Array, v: jax.Array, blank: jax.Array | None, key: jax.Array | None) -> jax.Array:
         """Averages values by the softmax of scores (rows, heads, queries, keys) and, if any, of one blank key's."""

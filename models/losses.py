@@ -39,8 +39,10 @@ def binary_cross_entropy(
     """
     negative_key, dropout_key = jax.random.split(key)
     batch = model.corrupt(batch, jax.random.fold_in(key, 2))
-    negatives = unseen.sample(negative_key, batch.users)
-    embedded, rows, biases = model.embed(batch.inputs, jnp.stack([batch.targets, negatives]))
+    with jax.named_scope("negatives"):
+        negatives = unseen.sample(negative_key, batch.users)
+    with jax.named_scope("lookup"):
+        embedded, rows, biases = model.embed(batch.inputs, jnp.stack([batch.targets, negatives]))
     hidden = model.encode(embedded, batch, None if deterministic else dropout_key)
     positive, negative = (jnp.sum(hidden * row, axis=-1) + bias for row, bias in zip(rows, biases, strict=True))
     losses = jax.nn.softplus(-positive) + jax.nn.softplus(negative)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from models.data.interactions import Interactions
 from models.data.packing import Batch
-from models.layers import Attention, Dropout, Linear, split_keys, stacked_xavier_uniform
+from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys, stacked_xavier_uniform
 
 # The published initialisation: embeddings and the attention's output projection are xavier-normal, the feed-forward
 # part keeps the default of a PyTorch convolution.
@@ -38,7 +38,7 @@ class Block(nnx.Module):
             bias_init=_symmetric_uniform(embedding_dim**-0.5),
             rngs=rngs,
         )
-        self.attention_norm = nnx.LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
+        self.attention_norm = LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
         self.attention = Attention(
             embedding_dim,
             num_heads,
@@ -47,7 +47,7 @@ class Block(nnx.Module):
             out_init=xavier_normal,
             rngs=rngs,
         )
-        self.feed_forward_norm = nnx.LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
+        self.feed_forward_norm = LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
         self.feed_forward_in = feed_forward()
         self.feed_forward_out = feed_forward()
         self.dropout = Dropout(dropout_rate)
@@ -103,7 +103,7 @@ class SASRec(nnx.Module):
         self.item_embedding = nnx.Embed(num_items + 1, embedding_dim, embedding_init=xavier_normal, rngs=rngs)
         self.position_embedding = nnx.Embed(max_length, embedding_dim, embedding_init=xavier_normal, rngs=rngs)
         self.blocks = nnx.List([Block(embedding_dim, num_heads, dropout_rate, rngs=rngs) for _ in range(num_blocks)])
-        self.norm = nnx.LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
+        self.norm = LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
         self.dropout = Dropout(dropout_rate)
 
     @staticmethod

@@ -320,7 +320,8 @@ def sevo(
         axis = _tables.check(positions, leaves, names, node_axis, num_nodes)
         strength = beta(state.count) if callable(beta) else beta
         chosen = [leaves[i] for i in positions]
-        smoothed = _smooth_leaves(chosen, axis, state.graph, strength, num_layers, method, rescale)
+        with jax.named_scope("sevo"):
+            smoothed = _smooth_leaves(chosen, axis, state.graph, strength, num_layers, method, rescale)
         for i, leaf in zip(positions, smoothed, strict=True):
             leaves[i] = leaf
         count = optax.safe_increment(state.count)

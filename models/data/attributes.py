@@ -17,7 +17,7 @@ def read_attributes(
 
     Args:
       path: a file with a header line, tab-separated (``.tsv``) or comma-separated (anything else).
-      item_column: column of the integer item ids.
+      item_column: column of the items' raw ids, integers or text.
       attribute_column: column of the attributes.
       separator: what stands between several attributes of one item.
 
@@ -42,10 +42,6 @@ def read_attributes(
     for name, column in {"item_column": item_column, "attribute_column": attribute_column}.items():
         if column not in table.columns:
             raise ValueError(f"{name}: {path} has no column {column!r}; it has {', '.join(table.columns)}")
-    if not table[item_column].dtype.is_integer():
-        raise ValueError(
-            f"item_column: {item_column!r} of {path} must hold integer ids, found {table[item_column].dtype}"
-        )
     pairs = (
         table.select(item_column, polars.col(attribute_column).cast(polars.String).str.split(separator))
         .explode(attribute_column)

@@ -130,8 +130,10 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
                 return loss(nnx.merge(graphdef, params), packed.batch(index), unseen, key)
 
             value, grads = jax.value_and_grad(loss_fn)(params)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), value
+            with jax.named_scope("optimizer"):
+                updates, opt_state = tx.update(grads, opt_state, params)
+                params = optax.apply_updates(params, updates)
+            return (params, opt_state), value
 
         (params, opt_state), losses = jax.lax.scan(step, (params, opt_state), jnp.arange(packed.num_batches))
         return params, opt_state, losses

@@ -155,7 +155,7 @@ def test_graph_of_attributes(data, tmp_path, capsys):
     ("text", "options", "message"),
     [
         ("item_id\tgenres\n1\tDrama\n", ["--attribute-column", "mood"], "has no column 'mood'; it has item_id, genres"),
-        ("item_id\tgenres\nx\tDrama\n", [], "must hold integer ids"),
+        ("item_id\tgenres\nx\tDrama\n", [], "is among the items of"),
         ("item_id\tgenres\n1\t\n", [], "no item of"),
         ("item_id\tgenres\n99\tDrama\n", [], "99"),
         ("", [], "cannot be read as a table"),
