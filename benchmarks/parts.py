@@ -59,7 +59,8 @@ def build(prepared, config):
         "gathering the batch, negatives": bind(
             lambda packed, unseen: (packed.batch(0), unseen.sample(key, packed.batch(0).users)), packed, unseen
         ),
-        "table lookup and its gradient": bind(jax.grad(lambda table: jnp.sum(table[ids] * weights)), table),
+        # Squared, so that the gradient needs what was looked up.
+        "table lookup and its gradient": bind(jax.grad(lambda table: jnp.sum(table[ids] ** 2 * weights)), table),
         "encoder, forwards and backwards": bind(jax.grad(encode, argnums=(0, 1)), params, weights),
         "moments and update": bind(update, params, moments, params),
         "smoothing": bind(smoother.update, table, graph),

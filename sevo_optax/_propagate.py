@@ -187,11 +187,11 @@ def _lower_cpu(ctx: Any, *args: Any, symmetric: bool) -> Any:
     The compiler cannot look into that kernel and would gather a sharded table around it, so where sharding is left to
     the compiler, the program keeps the form that it can split by columns.
     """
-    context = ctx.module_context.axis_context
+    context = getattr(ctx.module_context, "axis_context", None)
     if hasattr(context, "manual_axes"):
         local = set(context.manual_axes) == set(context.mesh.axis_names)
     else:
-        local = context.num_devices == 1
+        local = getattr(context, "num_devices", 1) == 1
     return _lower(_csr_kernel if local else _segment_kernel)(ctx, *args, symmetric=symmetric)
 
 
