@@ -40,7 +40,7 @@ class Prepared:
 
     Attributes:
       interactions: all of them.
-      train: the training part.
+      split: the training part, and what is predicted from which history.
       packed: the training sequences, packed, on the device.
       unseen: where negatives are drawn from.
       validation: evaluation set of the validation items.

@@ -3,7 +3,6 @@ import itertools
 import os
 import pickle
 import sqlite3
-import time
 from pathlib import Path
 
 import hypothesis
@@ -1095,17 +1094,11 @@ def read_genres():
     return {int(row[0]): row[3].split("|") for row in rows}
 
 
-def test_movielens_cooccurrence_is_fast_and_literal():
+def test_movielens_cooccurrence_is_literal():
+    """How much faster it is than this loop, ``benchmarks/graph_build.py --log`` measures."""
     sequences = read_sequences("ml-1m.txt")
     assert sum(map(len, sequences)) == 999_611
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        weights = graph.cooccurrence(sequences, 3417, max_length=200)
-        weights.data.block_until_ready()
-        seconds.append(time.perf_counter() - start)
-
-    start = time.perf_counter()
+    weights = graph.cooccurrence(sequences, 3417, max_length=200)
     expected = collections.defaultdict(float)
     for seq in sequences:
         seq = seq[-200:]
@@ -1113,13 +1106,9 @@ def test_movielens_cooccurrence_is_fast_and_literal():
             for h, j in enumerate(range(i + 1, min(i + 2, len(seq))), start=1):
                 expected[seq[i], seq[j]] += 1 / h
                 expected[seq[j], seq[i]] += 1 / h
-    literal_seconds = time.perf_counter() - start
-
     indices = np.asarray(weights.indices).tolist()
     found = dict(zip(map(tuple, indices), np.asarray(weights.data).tolist(), strict=True))
     assert found == expected
-    assert min(seconds) < 1.0
-    assert literal_seconds > 10 * min(seconds)
 
 
 def test_movielens_genres():
