@@ -87,8 +87,7 @@ class Linear(nnx.Linear):
     """``nnx.Linear`` whose backward pass is two plain matrix products.
 
     Derived automatically, XLA's CPU backend copies the transposed gradient of every layer and sums the bias gradient in
-    a tree of
-    windows: a tenth of a training step.
+    a tree of windows: a tenth of a training step.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:

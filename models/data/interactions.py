@@ -116,6 +116,11 @@ class Interactions:
         """Shape (interactions,), int64, the user of each interaction."""
         return np.repeat(np.arange(self.num_users), self.lengths)
 
+    def distinct_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Users and items of the distinct (user, item) pairs, both of shape (pairs,), ascending by user, then item."""
+        pairs = np.unique(self.users * (self.num_items + 1) + self.items)
+        return np.divmod(pairs, self.num_items + 1)
+
     def __len__(self) -> int:
         return len(self.items)
 

@@ -38,9 +38,7 @@ class UnseenItems:
         Raises:
           ValueError: if a user has interacted with the whole catalogue, so that nothing is unseen.
         """
-        users = np.repeat(np.arange(interactions.num_users), interactions.lengths)
-        pairs = np.unique(users * (interactions.num_items + 1) + interactions.items)
-        users, items = np.divmod(pairs, interactions.num_items + 1)
+        users, items = interactions.distinct_pairs()
         counts = np.bincount(users, minlength=interactions.num_users)
         if counts.max() >= interactions.num_items:
             raise ValueError(

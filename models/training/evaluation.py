@@ -75,9 +75,7 @@ class FullRanking:
         newest = np.empty(history.num_users, np.int32)
         newest[np.asarray(packed.user)[slot.ravel()[last]]] = last
 
-        users = np.repeat(np.arange(history.num_users), history.lengths)
-        pairs = np.unique(users * (history.num_items + 1) + history.items)
-        users, items = np.divmod(pairs, history.num_items + 1)
+        users, items = history.distinct_pairs()
         chunks = -(-history.num_users // chunk_size)
         starts = np.searchsorted(users, np.arange(chunks + 1) * chunk_size)
         pairs_per_chunk = int(np.diff(starts).max())

@@ -22,7 +22,11 @@ def make_optimizer(
       tables: paths of the item tables, each smoothed over the graph on its own.
     """
     adam = {"b1": config.b1, "b2": config.b2}
-    smoothing = [sevo(adjacency, table, beta=config.beta, num_layers=config.num_layers) for table in tables]
+
+    def smoothing() -> list[optax.GradientTransformation]:
+        """One a table; built only where it is used, because it checks and normalises the graph."""
+        return [sevo(adjacency, table, beta=config.beta, num_layers=config.num_layers) for table in tables]
+
     match name:
         case "adamw":
             return optax.adamw(config.learning_rate, **adam, weight_decay=config.weight_decay)
@@ -30,12 +34,12 @@ def make_optimizer(
             # sevo_adamw, for any number of tables.
             return optax.chain(
                 scale_by_adam_corrected(**adam, tables=tuple(tables)),
-                *smoothing,
+                *smoothing(),
                 optax.add_decayed_weights(config.weight_decay),
                 optax.scale_by_learning_rate(config.learning_rate),
             )
         case "sevo-gradient":
             return optax.chain(
-                *smoothing, adamw_corrected(config.learning_rate, **adam, weight_decay=config.weight_decay)
+                *smoothing(), adamw_corrected(config.learning_rate, **adam, weight_decay=config.weight_decay)
             )
     raise ValueError(f"optimizer must be one of adamw, sevo-adamw, sevo-gradient, got {name!r}")
