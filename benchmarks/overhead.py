@@ -45,21 +45,32 @@ def make_step(prepared, config, optimizer):
     return step, params, tx.init(params)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description):
+    """The options of a benchmark of SASRec training steps."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="file with one line 'user item item …' a user")
     parser.add_argument("--max-length", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=60, help="rounds in which every optimizer takes its steps")
-    parser.add_argument("--steps", type=int, default=3, help="steps of one optimizer in a round")
-    options = parser.parse_args()
+    return parser
 
-    config = TrainConfig(
+
+def make_config(options):
+    """The paper's settings with those options."""
+    return TrainConfig(
         data=options.data,
         max_length=options.max_length,
         graph_max_length=options.max_length,
         batch_size=options.batch_size,
     ).resolved()
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=60, help="rounds in which every optimizer takes its steps")
+    parser.add_argument("--steps", type=int, default=3, help="steps of one optimizer in a round")
+    options = parser.parse_args()
+
+    config = make_config(options)
     interactions = load(config.data)
     prepared = loop.prepare(interactions, config)
     print(f"{config.data.stem if config.data else 'embedded data'}: {interactions}")

@@ -3,16 +3,14 @@
 The parts take turns. Compiled together, XLA overlaps and fuses some of them, so that the whole is less than their sum.
 """
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from overhead import make_step
+from overhead import make_config, make_parser, make_step
 from tqdm import tqdm
 
 from models.compilation import jit
@@ -20,7 +18,6 @@ from models.data import load
 from models.layers import Attention
 from models.registry import make_model
 from models.training import loop
-from models.training.config import TrainConfig
 from sevo_optax import sevo
 
 
@@ -77,18 +74,10 @@ def build(prepared, config):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="file with one line 'user item item …' a user")
-    parser.add_argument("--max-length", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=512)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    config = TrainConfig(
-        data=options.data,
-        max_length=options.max_length,
-        graph_max_length=options.max_length,
-        batch_size=options.batch_size,
-    ).resolved()
+    config = make_config(options)
     prepared = loop.prepare(load(config.data), config)
     parts = build(prepared, config)
     step, *carry = make_step(prepared, config, "sevo-adamw")
