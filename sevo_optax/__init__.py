@@ -13,10 +13,13 @@ from sevo_optax._alias import adamw_corrected as adamw_corrected
 from sevo_optax._alias import sevo_adam as sevo_adam
 from sevo_optax._alias import sevo_adamw as sevo_adamw
 from sevo_optax._alias import sevo_sgd as sevo_sgd
+from sevo_optax._diagnostics import alignment as alignment
+from sevo_optax._diagnostics import smoothness as smoothness
 from sevo_optax._sevo import SEvoState as SEvoState
 from sevo_optax._sevo import sevo as sevo
 from sevo_optax._sevo import smooth as smooth
-from sevo_optax._sevo import smoothness as smoothness
 from sevo_optax._sevo import state_axes as state_axes
+from sevo_optax._sevo import with_graphs as with_graphs
+from sevo_optax._sevo import without_graphs as without_graphs
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
 """Structure-aware embedding evolution as a function and as an optax transformation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -150,46 +150,6 @@ def _smooth_leaves(
         return _tables.split(_propagate.series(csr, matrix, beta, num_layers, method, rescale), leaves, axis)
 
     return _propagate.columnwise(local, leaves, axis, csr, jnp.asarray(beta, dtype))
-
-
-def smoothness(x: jax.typing.ArrayLike, adjacency: Any, *, normalize: bool = True) -> jax.Array:
-    r"""How rough the rows of a matrix are over a graph (Eq. 1): the lower, the smoother.
-
-    .. math::
-
-      \mathcal{J}(X) = \operatorname{Tr}(X^\top \tilde L X)
-        = \tfrac12 \sum_{i,j} w_{ij} \Big\| \frac{x_i}{\sqrt{d_i}} - \frac{x_j}{\sqrt{d_j}} \Big\|_2^2, \qquad
-      \tilde L = I - \tilde A
-
-    The trace is what is computed. (The paper prints its pairwise form without the one half; a node without neighbours
-    adds its squared norm to the trace and nothing to the sum.)
-
-    Args:
-      x: shape (nodes, dim) or (nodes,), floating.
-      adjacency: as in :func:`smooth`.
-      normalize: as in :func:`smooth`.
-
-    Returns:
-      A scalar, float32 at least.
-
-    Raises:
-      TypeError: as :func:`smooth`.
-      ValueError: as :func:`smooth`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sevo_optax import graph, smoothness
-      >>> pair = graph.from_edges([0], [1], num_nodes=2)
-      >>> float(smoothness(jnp.array([[1.0], [1.0]]), pair)), float(smoothness(jnp.array([[1.0], [-1.0]]), pair))
-      (0.0, 4.0)
-    """
-    x, csr = _checked(x, adjacency, normalize)
-    x = x.astype(csr.data.dtype)
-
-    def local(leaves: Sequence[jax.Array], csr: CSR) -> list[jax.Array]:
-        return _tables.split(_propagate.propagate(csr, _tables.stack(leaves, 0, csr.data.dtype)), leaves, 0)
-
-    return jnp.sum(x * (x - _propagate.columnwise(local, [x], 0, csr)[0]))
 
 
 def _checked(x: jax.typing.ArrayLike, adjacency: Any, normalize: bool) -> tuple[jax.Array, CSR]:
@@ -356,5 +316,60 @@ def state_axes(state: optax.OptState, axis: int = 0) -> Any:
     return jax.tree.map(
         lambda leaf: SEvoState(axis, CSR(None, None, None)) if isinstance(leaf, SEvoState) else axis,
         state,
+        is_leaf=lambda leaf: isinstance(leaf, SEvoState),
+    )
+
+
+def without_graphs(state: optax.OptState) -> Any:
+    """An optimizer state without its graphs, for checkpoints: ``init`` builds them again.
+
+    Args:
+      state: an optimizer state, with any number of :class:`SEvoState` in it.
+
+    Returns:
+      The same tree, where every graph is None, hence without leaves. :func:`with_graphs` leads back.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from sevo_optax import graph, sevo, with_graphs, without_graphs
+      >>> tx = sevo(graph.from_edges([0], [1], num_nodes=2))
+      >>> params = jnp.ones((2, 8))
+      >>> saved = jax.device_get(without_graphs(tx.init(params)))  # write this to disk
+      >>> state = with_graphs(saved, tx.init(params))
+      >>> updates, state = tx.update(params, state)
+    """
+    return _map_states(lambda leaf: leaf._replace(graph=None), state)
+
+
+def with_graphs(state: optax.OptState, like: optax.OptState) -> Any:
+    """Puts back what :func:`without_graphs` took out.
+
+    Args:
+      state: an optimizer state without graphs.
+      like: a state of the same transformation, as its ``init`` returns it, to take the graphs from.
+
+    Returns:
+      ``state`` with graphs.
+
+    Raises:
+      ValueError: if the two states differ in structure.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sevo_optax import graph, sevo, with_graphs, without_graphs
+      >>> tx = sevo(graph.from_edges([0], [1], num_nodes=2))
+      >>> state = tx.init(jnp.ones((2, 8)))
+      >>> with_graphs(without_graphs(state), state).graph is state.graph
+      True
+    """
+    return _map_states(lambda leaf, fresh: leaf._replace(graph=fresh.graph), state, like)
+
+
+def _map_states(change: Callable[..., SEvoState], *states: optax.OptState) -> Any:
+    """Applies ``change`` to every SEvoState; all other leaves are those of the first tree."""
+    return jax.tree.map(
+        lambda *leaves: change(*leaves) if isinstance(leaves[0], SEvoState) else leaves[0],
+        *states,
         is_leaf=lambda leaf: isinstance(leaf, SEvoState),
     )
