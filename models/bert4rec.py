@@ -71,6 +71,7 @@ class BERT4Rec(nnx.Module):
       mask_probability: probability that a training token is masked.
       mask_last_probability: probability that of a training sequence only the newest item is masked, as in recommending.
       tie_output: whether the output layer shares the item table's weight (it keeps a bias of its own).
+      dtype: what the blocks compute in; parameters, norms, attention weights and sums of scores are float32 anyway.
       rngs: random state for the initialisation.
 
     References:
@@ -93,6 +94,7 @@ class BERT4Rec(nnx.Module):
         mask_probability: float = 0.5,
         mask_last_probability: float = 0.0,
         tie_output: bool = False,
+        dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         for name, value in {
@@ -107,6 +109,7 @@ class BERT4Rec(nnx.Module):
             )
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, one item and the mask token, got {max_length}")
+        self.dtype = jnp.dtype(dtype)
         self.mask_token = num_items + 1
         self.mask_probability = mask_probability
         self.mask_last_probability = mask_last_probability
@@ -172,7 +175,8 @@ class BERT4Rec(nnx.Module):
     def encode(self, embedded: jax.Array, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """Encodes packed sequences whose items are embedded already, see :meth:`models.sasrec.SASRec.encode`."""
         keys = split_keys(key, len(self.blocks) + 1)
-        x = self.dropout(self.norm(embedded + self.position_embedding(batch.positions)), keys[0])
+        x = self.norm((embedded + self.position_embedding(batch.positions)).astype(self.dtype))
+        x = self.dropout(x, keys[0])
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
             x = block(x, batch.segments, block_key)
         return x

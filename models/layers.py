@@ -84,7 +84,7 @@ _affine.defvjp(_affine_forward, _affine_backward)
 
 
 class Linear(nnx.Linear):
-    """``nnx.Linear`` whose backward pass is two plain matrix products.
+    """``nnx.Linear`` in its input's dtype, with two plain matrix products as its backward pass.
 
     Derived automatically, XLA's CPU backend copies the transposed gradient of every layer and sums the bias gradient in
     a tree of windows: a tenth of a training step.
@@ -93,7 +93,7 @@ class Linear(nnx.Linear):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (…, in_features) to (…, out_features)."""
         with jax.named_scope("projections"):
-            return _affine(x, self.kernel[...], self.bias[...])
+            return _affine(x, self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -133,8 +133,9 @@ class LayerNorm(nnx.LayerNorm):
     """``nnx.LayerNorm`` with a backward pass that sums over tokens by matrix products, see :class:`Linear`."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis."""
-        return _normalize(x, self.scale[...], self.bias[...], self.epsilon)
+        """Normalises the last axis, in float32 at least, and returns the input's dtype."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return _normalize(wide, self.scale[...], self.bias[...], self.epsilon).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -216,12 +217,14 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Attends with queries, keys and values (rows, row_length, heads, dim a head), see :meth:`__call__`."""
         length = q.shape[1]
+        wide = jnp.promote_types(q.dtype, jnp.float32)  # of scores, whatever the queries have
         # Blank places are all alike, and the projections of zeros are the biases: attention to them is attention to one
         # key, with a score raised by the logarithm of their number.
         blank = None
         if padding is not None:
             raised = jnp.where(padding > 0, jnp.log(jnp.maximum(padding, 1)), BLOCKED)
-            blank = jnp.einsum("bqhd,hd->bhq", q, self.key.bias[...].reshape(q.shape[2:])) + raised[:, None]
+            bias = self.key.bias[...].astype(q.dtype).reshape(q.shape[2:])
+            blank = jnp.einsum("bqhd,hd->bhq", q, bias, preferred_element_type=wide) + raised[:, None]
         # Nothing sees what comes later: the first queries need the first keys only.
         step = -(-length // -(-length // QUERIES_AT_ONCE)) if causal else length
         mixed = []
@@ -230,7 +233,7 @@ class Attention(nnx.Module):
             seen = segments[:, start:stop, None] == segments[:, None, :stop]
             if causal:
                 seen &= jnp.tri(stop - start, stop, start, dtype=bool)
-            scores = jnp.einsum("bqhd,bkhd->bhqk", q[:, start:stop], k[:, :stop])
+            scores = jnp.einsum("bqhd,bkhd->bhqk", q[:, start:stop], k[:, :stop], preferred_element_type=wide)
             scores = jnp.where(seen[:, None], scores, BLOCKED)
             part_key = None if key is None else jax.random.fold_in(key, i)
             mixed.append(self._mix(scores, v[:, :stop], None if blank is None else blank[..., start:stop], part_key))
@@ -246,10 +249,11 @@ class Attention(nnx.Module):
         # The sum divides the few mixed values instead of the many weights.
         weights = jnp.exp(scores - largest[..., None])
         total = jnp.sum(weights, axis=-1)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", self.dropout(weights, keys[0]), v)
+        dropped = self.dropout(weights, keys[0]).astype(v.dtype)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", dropped, v, preferred_element_type=total.dtype)
         if blank is not None:
             weight = jnp.exp(blank - largest)
             total += weight
             bias = self.value.bias[...].reshape(v.shape[2:])
             mixed += jnp.einsum("bhq,hd->bqhd", self.dropout(weight, keys[1]), bias)
-        return mixed / jnp.moveaxis(total, 1, 2)[..., None]
+        return (mixed / jnp.moveaxis(total, 1, 2)[..., None]).astype(v.dtype)

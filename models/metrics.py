@@ -1,7 +1,10 @@
 """Ranking metrics, from the ranks of the one relevant item of each user."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def hit_rate_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
@@ -14,12 +17,15 @@ def hit_rate_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
     Returns:
       A scalar in [0, 1].
 
+    Raises:
+      ValueError: if there is no user, or ``k`` is smaller than 1.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> float(hit_rate_at_k(jnp.array([0, 3, 12, 5]), k=5))
       0.5
     """
-    return jnp.mean(jnp.asarray(ranks) < k, dtype=jnp.float32)
+    return jnp.mean(_checked(ranks, k) < k, dtype=jnp.float32)
 
 
 def ndcg_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
@@ -34,16 +40,87 @@ def ndcg_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
     Returns:
       A scalar in [0, 1].
 
+    Raises:
+      ValueError: if there is no user, or ``k`` is smaller than 1.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> round(float(ndcg_at_k(jnp.array([0, 1, 12]), k=10)), 4)  # (1 + 1 / log2(3) + 0) / 3
       0.5436
     """
-    ranks = jnp.asarray(ranks)
+    ranks = _checked(ranks, k)
     return jnp.mean(jnp.where(ranks < k, 1 / jnp.log2(ranks + 2.0), 0))
 
 
-def summarize(ranks: jax.typing.ArrayLike, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """All metrics at all ``ks``, by name: ``HR@1 … NDCG@10``."""
-    metrics = {f"HR@{k}": float(hit_rate_at_k(ranks, k)) for k in ks}
-    return metrics | {f"NDCG@{k}": float(ndcg_at_k(ranks, k)) for k in ks}
+def mrr_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
+    r"""Mean reciprocal rank (MRR@k).
+
+    The mean of :math:`[r < k] / (r + 1)` over the ranks :math:`r`.
+
+    Args:
+      ranks: shape (users,), 0 for the first place.
+      k: length of the list.
+
+    Returns:
+      A scalar in [0, 1].
+
+    Raises:
+      ValueError: if there is no user, or ``k`` is smaller than 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> round(float(mrr_at_k(jnp.array([0, 1, 12]), k=10)), 4)  # (1 + 1/2 + 0) / 3
+      0.5
+    """
+    ranks = _checked(ranks, k)
+    return jnp.mean(jnp.where(ranks < k, 1 / (ranks + 1.0), 0))
+
+
+def coverage_at_k(top_items: jax.typing.ArrayLike, num_items: int, k: int) -> float:
+    """The share of the catalogue that is recommended to anybody among the first ``k``.
+
+    Args:
+      top_items: shape (users, at least k or all that there are), the best item first, 0 where there is none.
+      num_items: size of the catalogue.
+      k: length of the list.
+
+    Returns:
+      A number in [0, 1].
+
+    Raises:
+      ValueError: if there is no user, or ``k`` is smaller than 1.
+
+    Examples:
+      >>> coverage_at_k([[1, 2, 3], [1, 3, 0]], num_items=5, k=2)
+      0.6
+    """
+    recommended = np.unique(np.asarray(_checked(top_items, k))[:, :k])
+    return float(np.count_nonzero(recommended) / num_items)
+
+
+METRICS = {"HR": hit_rate_at_k, "NDCG": ndcg_at_k, "MRR": mrr_at_k}
+
+
+def summarize(ranks: jax.typing.ArrayLike, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """All metrics at all ``ks``, by name: ``HR@1 … NDCG@1 … MRR@10``.
+
+    Args:
+      ranks: shape (users,), 0 for the first place.
+      ks: lengths of the list.
+
+    Raises:
+      ValueError: if there is no user or no length, or a length is smaller than 1.
+    """
+    if not ks:
+        raise ValueError("ks must be one or more lengths of lists, got none")
+    return {f"{name}@{k}": float(metric(ranks, k)) for name, metric in METRICS.items() for k in ks}
+
+
+def _checked(by_user: jax.typing.ArrayLike, k: int) -> jax.Array:
+    """The array, if there is anything to average over."""
+    if k < 1:
+        raise ValueError(f"k, the length of a list, must be at least 1, got {k}")
+    by_user = jnp.asarray(by_user)
+    if not len(by_user):
+        raise ValueError("there is no user to average over")
+    return by_user

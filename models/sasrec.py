@@ -77,6 +77,7 @@ class SASRec(nnx.Module):
       dropout_rate: dropout on embeddings, attention weights and feed-forward parts.
       attend_padding: whether attention also sees the blank places in front of a short history, as the published code's
         does: a place to look when no item matters, and a hint of the history's length.
+      dtype: what the blocks compute in; parameters, norms, attention weights and sums of scores are float32 anyway.
       rngs: random state for the initialisation.
 
     References:
@@ -97,8 +98,10 @@ class SASRec(nnx.Module):
         num_heads: int = 1,
         dropout_rate: float = 0.3,
         attend_padding: bool = True,
+        dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        self.dtype = jnp.dtype(dtype)
         self.attend_padding = attend_padding
         self.item_embedding = nnx.Embed(num_items + 1, embedding_dim, embedding_init=xavier_normal, rngs=rngs)
         self.position_embedding = nnx.Embed(max_length, embedding_dim, embedding_init=xavier_normal, rngs=rngs)
@@ -138,7 +141,7 @@ class SASRec(nnx.Module):
         """
         keys = split_keys(key, len(self.blocks) + 1)
         x = embedded * jnp.sqrt(embedded.shape[-1]).astype(embedded.dtype) + self.position_embedding(batch.positions)
-        x = self.dropout(x, keys[0])
+        x = self.dropout(x.astype(self.dtype), keys[0])
         padding = batch.padding if self.attend_padding else None
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
             x = block(x, batch.segments, padding, block_key)

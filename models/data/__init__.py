@@ -4,6 +4,7 @@ from models.data.attributes import read_attributes as read_attributes
 from models.data.filters import drop_duplicates as drop_duplicates
 from models.data.filters import k_core as k_core
 from models.data.interactions import Interactions as Interactions
+from models.data.interactions import item_lookup as item_lookup
 from models.data.interactions import item_numbers as item_numbers
 from models.data.named import NAMED as NAMED
 from models.data.named import fetch_named as fetch_named

@@ -1,7 +1,7 @@
 """The one in-memory form of interaction data."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -163,18 +163,14 @@ class Interactions:
         return dataclasses.replace(self, notes=self.notes + notes)
 
 
-def item_numbers(item_ids: np.ndarray, raw: Iterable[Any]) -> np.ndarray:
-    """Translates raw item ids to item numbers.
+def item_lookup(item_ids: np.ndarray) -> Callable[[Any], int]:
+    """A function from one raw item id to the item's number, 0 if the id is unknown.
 
     Where the data's ids are integers, text that spells one is taken as one, and where they are text, numbers are
     spelled out: ids from a command line or a table find their items.
 
     Args:
       item_ids: shape (num_items + 1,), the raw ids, as in :class:`Interactions`.
-      raw: the ids to look up.
-
-    Returns:
-      Shape (ids,), int32: the numbers, 0 where an id is unknown.
     """
     number_of = {raw_id: number for number, raw_id in enumerate(item_ids.tolist()) if number}
     integers = item_ids.dtype.kind in "iu"
@@ -187,7 +183,20 @@ def item_numbers(item_ids: np.ndarray, raw: Iterable[Any]) -> np.ndarray:
         except ValueError:
             return 0
 
-    return np.array([number(raw_id) for raw_id in raw], dtype=np.int32)
+    return number
+
+
+def item_numbers(item_ids: np.ndarray, raw: Iterable[Any]) -> np.ndarray:
+    """Translates raw item ids to item numbers, see :func:`item_lookup`.
+
+    Args:
+      item_ids: shape (num_items + 1,), the raw ids, as in :class:`Interactions`.
+      raw: the ids to look up.
+
+    Returns:
+      Shape (ids,), int32: the numbers, 0 where an id is unknown.
+    """
+    return np.array(list(map(item_lookup(item_ids), raw)), dtype=np.int32)
 
 
 def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:

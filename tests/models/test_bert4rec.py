@@ -14,6 +14,7 @@ from models.sasrec import SASRec
 from models.training import loop
 from models.training.config import TrainConfig
 from models.training.evaluation import FullRanking
+from models.training.prepare import prepare
 from tests.models.test_sasrec import MAX_LENGTH, alone, perturb
 
 NUM_ITEMS = 25
@@ -215,26 +216,6 @@ def test_cross_entropy_is_the_formula(interactions, kind, scores_at_once):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, whole)
 
 
-def test_scores_never_exist_whole(interactions):
-    """No array of tokens × items appears in the compiled program, forwards or backwards."""
-    model = make_model()
-    batch = pack(interactions, max_length=MAX_LENGTH, batch_size=100, with_targets=False).batch(0)
-    unseen = UnseenItems.from_interactions(interactions)
-    graphdef, params = nnx.split(model, nnx.Param)
-    room = model.targets_at_most(batch.inputs.size)
-
-    def text(scores_at_once):
-        def loss(params):
-            model = nnx.merge(graphdef, params)
-            return cross_entropy(model, batch, unseen, jax.random.key(0), scores_at_once=scores_at_once)
-
-        return jax.jit(jax.grad(loss)).lower(params).as_text()
-
-    assert f"tensor<{room}x{NUM_ITEMS + 2}xf32>" in text(2**24)
-    assert f"tensor<{room}x{NUM_ITEMS + 2}xf32>" not in text(room * 5)
-    assert f"tensor<{room}x5xf32>" in text(room * 5)
-
-
 def test_binary_cross_entropy_of_the_output_layer(interactions):
     model = make_model()
     batch = pack(interactions, max_length=MAX_LENGTH, batch_size=100, with_targets=False).batch(0)
@@ -256,7 +237,7 @@ def test_training(optimizer, options, tmp_path):
         model="bert4rec", max_length=8, embedding_dim=8, num_blocks=1, epochs=3, batch_size=20, eval_every=1, **options
     ).resolved()
     assert (config.loss, config.num_heads, config.b2) == ("ce", 4, 0.95)
-    prepared = loop.prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), config)
+    prepared = prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), config)
     assert prepared.adjacency.shape == (42, 42)
     result = loop.train(prepared, dataclasses.replace(config, learning_rate=1e-2), optimizer, tmp_path)
     assert result.losses[0] == pytest.approx(np.log(40), rel=0.05)
