@@ -19,9 +19,9 @@ from models.compilation import jit
 from models.data import load
 from models.losses import binary_cross_entropy
 from models.registry import make_model
-from models.training import loop
 from models.training.config import OPTIMIZERS, TrainConfig
 from models.training.optimizers import make_optimizer
+from models.training.prepare import prepare
 
 
 def make_step(prepared, config, optimizer):
@@ -72,7 +72,7 @@ def main():
 
     config = make_config(options)
     interactions = load(config.data)
-    prepared = loop.prepare(interactions, config)
+    prepared = prepare(interactions, config)
     print(f"{config.data.stem if config.data else 'embedded data'}: {interactions}")
     tokens = prepared.packed.num_tokens / prepared.packed.num_batches
     print(

@@ -17,7 +17,7 @@ from models.compilation import jit
 from models.data import load
 from models.layers import Attention
 from models.registry import make_model
-from models.training import loop
+from models.training.prepare import prepare
 from sevo_optax import sevo
 
 
@@ -78,7 +78,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     config = make_config(options)
-    prepared = loop.prepare(load(config.data), config)
+    prepared = prepare(load(config.data), config)
     parts = build(prepared, config)
     step, *carry = make_step(prepared, config, "sevo-adamw")
 

@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from models.compilation import jit
 from models.data import load
-from models.losses import LOSSES
+from models.losses import make_loss
 from models.registry import make_model
-from models.training import loop
 from models.training.config import TrainConfig
 from models.training.optimizers import make_optimizer
+from models.training.prepare import prepare
+from models.training.program import make_epoch
 from sevo_optax import state_axes
 
 try:
@@ -60,7 +61,7 @@ class Ours:
         ]
         graphdef, first = nnx.split(models[0], nnx.Param)
         tx = make_optimizer(optimizer, config, prepared.adjacency, models[0].item_tables)
-        epoch = loop.make_epoch(graphdef, tx, LOSSES[config.loss])
+        epoch = make_epoch(graphdef, tx, make_loss(config))
         if seeds == 1:
             self.params, self.state, self.key = first, tx.init(first), jax.random.key(0)
             self.epoch = jit(epoch, donate_argnums=(0, 1))
@@ -119,7 +120,7 @@ class Torch:
 def measure(model, path, options):
     """Prints the table of one model on one data set."""
     config = TrainConfig(model=model, data=path, **SETTINGS.get((model, path.stem if path else ""), {})).resolved()
-    prepared = loop.prepare(load(path), config)
+    prepared = prepare(load(path), config)
     arms = {"AdamW": Ours(prepared, config, "adamw"), "SEvo-AdamW": Ours(prepared, config, "sevo-adamw")}
     if options.seeds > 1:
         arms[f"SEvo-AdamW, {options.seeds} seeds"] = Ours(prepared, config, "sevo-adamw", options.seeds)

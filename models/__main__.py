@@ -1,22 +1,25 @@
-"""The command line: ``python -m models train``, ``compare`` and ``graph``."""
+"""The command line: ``python -m models train``, ``compare``, ``graph`` and more."""
 
 import contextlib
 import dataclasses
+import functools
 import io
+import operator
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from models.commands import Evaluate, Export, Recommend, load_and_describe
+from models.reproduce import Reproduce
 from models.training.config import Optimizer, SourceConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from models.data import Interactions
-    from models.training.loop import Prepared
+    from models.training.prepare import Prepared
 
 # JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
 
@@ -26,42 +29,73 @@ INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(TrainConfig):
+class RunOptions:
+    """Where a run starts from."""
+
+    preset: str | None = None
+    """Settings to start from, which other options override: a name such as sasrec-beauty, or a YAML file."""
+    resume: bool = False
+    """Go on from the newest checkpoint, if there is one; a finished run is kept as it is."""
+    overwrite: bool = False
+    """Remove a run that the output folder already holds."""
+
+    def _check_output(self) -> None:
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other; give one of them")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(TrainConfig, RunOptions):
     """Train one model and test it at its best epoch."""
 
     optimizer: Optimizer = "sevo-adamw"
     """adamw: plain. sevo-adamw: smooths Adam's direction (Algorithm 1). sevo-gradient: smooths the gradient instead."""
     output_dir: Path = Path("runs/train")
-    """Folder for result.json, history.jsonl and curve.png."""
+    """Folder for checkpoints, run.json, history.jsonl, result.json and curve.png."""
 
     def run(self) -> None:
         """Trains, and prints where the results are."""
         from models.training import loop
 
-        config = self.resolved()
-        result = loop.train(_prepare(config, self.output_dir), config, self.optimizer, self.output_dir)
-        print(f"best epoch {result.best_epoch}, {result.epoch_seconds:.2f} s an epoch, {result.total_seconds:.0f} s")
+        self._check_output()
+        config = _config(self)
+        prepared = _prepare(config, self.output_dir)
+        result = loop.train(
+            prepared, config, self.optimizer, self.output_dir, resume=self.resume, overwrite=self.overwrite
+        )
+        print(
+            f"best epoch {result.best_epoch} of {len(result.losses)}, {result.epoch_seconds:.2f} s an epoch, "
+            f"{result.total_seconds:.0f} s, peak memory {result.peak_memory / 2**30:.2f} GiB"
+        )
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in result.test.items()))
         print(f"({result.protocol})")
         print(f"results: {self.output_dir / 'result.json'}, curve: {self.output_dir / 'curve.png'}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare(TrainConfig):
-    """Train the same model with AdamW and with SEvo in its two places, on the same data and seed."""
+class Compare(TrainConfig, RunOptions):
+    """Train the same model with AdamW and with SEvo in its two places, on the same data and seeds."""
 
+    seeds: int = 1
+    """How many seeds, counted on from seed. Several give mean ± standard deviation and a paired t-test."""
     output_dir: Path = Path("runs/compare")
     """Folder for compare.json, compare.png and one folder a run."""
 
     def run(self) -> None:
-        """Trains three times, and prints the table and where the picture is."""
+        """Trains every arm, and prints the table and where the picture is."""
         from models.training import compare
 
-        config = self.resolved()
-        results = compare.compare(_prepare(config, self.output_dir), config, self.output_dir)
-        print(f"\ntest metrics ({results[0].protocol}):\n")
+        self._check_output()
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        config = _config(self)
+        prepared = _prepare(config, self.output_dir)
+        results = compare.compare(
+            prepared, config, self.output_dir, seeds=self.seeds, resume=self.resume, overwrite=self.overwrite
+        )
+        print(f"\ntest metrics ({next(iter(results.values()))[0].protocol}):\n")
         print(compare.table(results))
-        print(f"\ncurves: {self.output_dir / 'compare.png'}")
+        print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +126,7 @@ class Graph(SourceConfig):
         from models import graphs
 
         _make_folder(self.output_dir)
-        interactions = _load(self)
+        interactions = load_and_describe(self)
         if self.part == "train" and self.attributes is None:
             interactions = self.split_interactions(interactions).train
         adjacency, title = graphs.build(
@@ -112,11 +146,21 @@ class Graph(SourceConfig):
             print(line)
 
 
-Command = (
-    Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
-    | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
-    | Annotated[Graph, tyro.conf.subcommand("graph", prefix_name=False)]
-)
+COMMANDS: dict[str, Any] = {
+    "train": Train,
+    "compare": Compare,
+    "recommend": Recommend,
+    "evaluate": Evaluate,
+    "export": Export,
+    "graph": Graph,
+    "reproduce": Reproduce,
+}
+
+
+def _config(command: TrainConfig) -> TrainConfig:
+    """The configuration among a command's options, resolved."""
+    fields = dataclasses.fields(TrainConfig)
+    return TrainConfig(**{field.name: getattr(command, field.name) for field in fields}).resolved()
 
 
 def _make_folder(output_dir: Path) -> None:
@@ -129,21 +173,12 @@ def _make_folder(output_dir: Path) -> None:
         raise ValueError(f"output_dir: {output_dir} cannot be written to; give another folder")
 
 
-def _load(source: SourceConfig) -> "Interactions":
-    """Reads the data, and says what it is and what was done to it."""
-    interactions = source.load_interactions()
-    print(f"{source.data or 'embedded data'}: {interactions}")
-    for note in interactions.notes:
-        print(f"  {note}")
-    return interactions
-
-
 def _prepare(config: TrainConfig, output_dir: Path) -> "Prepared":
     """Checks everything that can be checked before training, and says what is trained on."""
-    from models.training import loop
+    from models.training.prepare import prepare
 
     _make_folder(output_dir)
-    prepared = loop.prepare(_load(config), config)
+    prepared = prepare(load_and_describe(config), config)
     print(f"graph: {prepared.adjacency.nse:,} entries between {prepared.adjacency.shape[0]:,} nodes", flush=True)
     return prepared
 
@@ -160,20 +195,41 @@ def _one_line(box: str) -> str:
     return " ".join(text.split()).rstrip(" .")
 
 
-def _parse(arguments: Sequence[str]) -> Train | Compare | Graph:
+def _parser(defaults: Mapping[str, Any]) -> Any:
+    """The union of all commands; ``defaults`` replace those of the commands that train."""
+    commands = []
+    for name, command in COMMANDS.items():
+        options = {"default": command(**defaults)} if issubclass(command, TrainConfig) else {}
+        commands.append(Annotated[command, tyro.conf.subcommand(name, prefix_name=False, **options)])
+    return functools.reduce(operator.or_, commands)
+
+
+def _preset(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings of ``--preset``, read before everything else because they are defaults."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--preset" and (equals or i + 1 < len(arguments)):
+            from models.presets import load_preset
+
+            return load_preset(value if equals else arguments[i + 1])
+    return {}
+
+
+def _parse(arguments: Sequence[str]) -> Any:
     """Parses the command line.
 
     Raises:
       ValueError: with one line, if the arguments do not fit.
     """
     framed = io.StringIO()
+    defaults = _preset(arguments)
     try:
         with contextlib.redirect_stderr(framed):
-            return tyro.cli(Command, prog=PROGRAM, args=list(arguments))
+            return tyro.cli(_parser(defaults), prog=PROGRAM, args=list(arguments))
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    command = arguments[0] if arguments and arguments[0] in ("train", "compare", "graph") else ""
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     raise ValueError(f"{_one_line(framed.getvalue())}; see {' '.join([PROGRAM, *command.split(), '--help'])}")
 
 
@@ -184,8 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was written so far is kept", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'interrupted; what was written so far is kept'}", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -10,31 +11,120 @@ import scipy.sparse
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Colours that stay apart for colour-blind readers, one an optimizer everywhere.
 COLORS = {"adamw": "#7f7f7f", "sevo-adamw": "#0072b2", "sevo-gradient": "#d55e00"}
+# For runs of the same optimizer.
+STYLES = ["-", "--", ":", "-."]
 
 
-def validation_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path, *, title: str = "") -> None:
+def validation_curves(
+    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], path: Path, *, title: str = ""
+) -> None:
     """Draws NDCG@10 on the validation items over epochs.
 
+    With several seeds, a line is their mean, inside a band of one standard deviation to each side. Runs of different
+    lengths count as far as all of them got.
+
     Args:
-      curves: by name, points (epoch, NDCG@10).
+      curves: by name, one curve a seed: points (epoch, NDCG@10).
       path: the PNG to write.
       title: what was trained on what.
     """
     fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, points in curves.items():
-        epochs, values = zip(*points, strict=True)
-        best = max(range(len(values)), key=values.__getitem__)
-        (line,) = ax.plot(epochs, values, label=name, color=COLORS.get(name), linewidth=2)
-        ax.plot(epochs[best], values[best], "o", color=line.get_color())
+    for name, seeds in curves.items():
+        length = min(len(points) for points in seeds)
+        epochs = [epoch for epoch, _ in seeds[0][:length]]
+        values = np.array([[value for _, value in points[:length]] for points in seeds])
+        mean = values.mean(axis=0)
+        best = int(mean.argmax())
+        label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
+        (line,) = ax.plot(epochs, mean, label=label, color=COLORS.get(name), linewidth=2)
+        ax.plot(epochs[best], mean[best], "o", color=line.get_color())
+        if len(seeds) > 1:
+            spread = values.std(axis=0, ddof=1)
+            ax.fill_between(epochs, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
     ax.set(xlabel="epoch", ylabel="validation NDCG@10", title=title)
     ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, loc="lower right")
+    _save(fig, path)
+
+
+class Seeds(NamedTuple):
+    """The runs of one optimizer that differ in the seed.
+
+    Attributes:
+      label: what the legend calls them.
+      optimizer: decides the colour.
+      style: which line style, counted from 0.
+      losses: one list of training losses, an epoch each, a seed.
+      validation: one list of points (epoch, NDCG@10) a seed.
+    """
+
+    label: str
+    optimizer: str
+    style: int
+    losses: Sequence[Sequence[float]]
+    validation: Sequence[Sequence[tuple[int, float]]]
+
+
+def training_curves(
+    runs: Sequence[Seeds],
+    path: Path,
+    *,
+    title: str = "",
+    published: Mapping[str, Mapping[int, tuple[float, float, float]]] | None = None,
+) -> None:
+    """Draws NDCG@10 on the validation items and the training loss over epochs: means, and one standard deviation.
+
+    Args:
+      runs: the runs, by optimizer.
+      path: the PNG to write.
+      title: what was trained on what.
+      published: least, mean and largest published loss by epoch, by optimizer.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for label, optimizer, style, losses, validation in runs:
+        line = {"color": COLORS.get(optimizer), "linestyle": STYLES[style % len(STYLES)], "linewidth": 1.8}
+        points = [dict(seed) for seed in validation]
+        epochs = [epoch for epoch in points[0] if all(epoch in seed for seed in points)]
+        length = min(map(len, losses))
+        for ax, x, y in [
+            (left, epochs, np.array([[seed[epoch] for epoch in epochs] for seed in points])),
+            (right, np.arange(1, length + 1), np.array([seed[:length] for seed in losses])),
+        ]:
+            ax.plot(x, y.mean(0), label=label, **line)
+            if len(y) > 1:
+                spread = y.std(axis=0, ddof=1)
+                ax.fill_between(x, y.mean(0) - spread, y.mean(0) + spread, color=line["color"], alpha=0.2, linewidth=0)
+    published = published or {}
+    bars = []
+    for points in published.values():
+        least, mean, largest = np.array(list(points.values())).T
+        marks = {"fmt": "o", "markersize": 5, "markerfacecolor": "white", "color": "black", "capsize": 3, "zorder": 5}
+        bars.append(right.errorbar(list(points), mean, yerr=[mean - least, largest - mean], **marks))
+    left.set(ylabel="validation NDCG@10")
+    right.set(ylabel="training loss")
+    left.legend(frameon=False, loc="lower right")
+    if bars:
+        right.legend(bars, [f"{optimizer}, published: mean and range" for optimizer in published], frameon=False)
+    lowest, highest = right.get_ylim()
+    if highest > 4 * lowest:
+        right.set_yscale("log")
+        right.yaxis.set_major_locator(LogLocator(subs=[1, 2, 3, 5, 7]))
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter(NullFormatter())
+    for ax in (left, right):
+        ax.set(xlabel="epoch")
+        ax.set_xlim(left=0)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    left.set_ylim(bottom=0)
+    fig.suptitle(title)
     _save(fig, path)
 
 

@@ -1,6 +1,8 @@
 """Configuration of a training run. The defaults are the paper's settings for the model on Beauty."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -8,7 +10,10 @@ if TYPE_CHECKING:
     from models.data import Interactions, Split
 
 Model = Literal["sasrec", "bert4rec"]
-Loss = Literal["bce", "ce"]
+Loss = Literal["bce", "ce", "sampled-softmax", "gbce", "bpr"]
+Negatives = Literal["shared", "per-position"]
+Schedule = Literal["constant", "linear", "cosine"]
+ComputeDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "sevo-adamw", "sevo-gradient"]
 DataFormat = Literal["auto", "csv", "tsv", "parquet", "inter", "dat", "json", "s3rec"]
 Duplicates = Literal["all", "exact", "first", "last"]
@@ -124,7 +129,20 @@ class ModelConfig:
     tie_output: bool = False
     """bert4rec: whether the output layer shares the item table's weight."""
     loss: Loss | None = None
-    """bce: one random unseen item a target. ce: softmax over the catalogue (left out: bce, ce)."""
+    """bce, bpr: against one random unseen item. ce: softmax over the catalogue. sampled-softmax, gbce: against
+    num_negatives items (left out: bce, ce)."""
+    num_negatives: int = 256
+    """sampled-softmax, gbce: random items each target competes with."""
+    negatives: Negatives = "shared"
+    """sampled-softmax, gbce: shared: one draw serves a whole batch. per-position: each target has its own."""
+    negative_power: float = 0.0
+    """sampled-softmax, gbce: items are drawn with probability ∝ count ** negative_power; 0: uniformly."""
+    logq_correction: bool = True
+    """sampled-softmax: whether scores are corrected for the probability of being drawn."""
+    gbce_t: float = 0.75
+    """gbce: calibration, in [0, 1]; 0: plain binary cross-entropy, 1: as if all items were negatives."""
+    compute_dtype: ComputeDtype = "float32"
+    """bfloat16: compute in half precision; parameters, moments and losses stay float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +177,24 @@ class TrainConfig(OptimizerConfig, ModelConfig, DataConfig):
     """Users in a batch, on average: sequences are packed, and batches hold equally many rows (left out: 512, 256)."""
     eval_every: int = 5
     """Epochs between two evaluations on the validation items."""
+    ks: tuple[int, ...] = (1, 5, 10)
+    """Lengths of the lists that HR@k, NDCG@k, MRR@k and coverage@k are given for."""
+    exclude_seen: bool = True
+    """Whether items in a user's history are left out of the ranking."""
+    per_user: bool = False
+    """Whether to save the rank of every test user's item, in per_user.csv."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a better validation NDCG@10 (left out: never)."""
+    schedule: Schedule = "constant"
+    """How the learning rate falls to zero over the epochs; constant: not at all."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises from zero, before the schedule."""
+    clip_norm: float | None = None
+    """Gradients with a larger global norm are scaled down to it, before everything else (left out: never)."""
+    diagnostics: bool = False
+    """Whether each epoch records the smoothness of updates and tables, and the alignment of the two updates."""
+    tensorboard: bool = False
+    """Whether to write scalars for TensorBoard."""
     seed: int = 0
     """Seed of initialisation, shuffling, negatives and dropout."""
 
@@ -173,16 +209,47 @@ class TrainConfig(OptimizerConfig, ModelConfig, DataConfig):
         config._check()
         return config
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON, for :meth:`from_dict`."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration with the given fields, as read from JSON or YAML; others keep their defaults.
+
+        Raises:
+          ValueError: if a field is unknown.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]}; known are {', '.join(sorted(known))}")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        for name in ("data", "cache_dir"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        return cls(**values)
+
     def _check(self) -> None:
         positive = ["max_length", "embedding_dim", "num_heads", "graph_max_length", "max_hops", "epochs", "batch_size"]
-        for name in [*positive, "eval_every"]:
+        for name in [*positive, "eval_every", "num_negatives"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ["num_blocks", "seed", "weight_decay"]:
+        for name in ["num_blocks", "seed", "weight_decay", "negative_power", "warmup_epochs"]:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ["b1", "b2", "dropout_rate"]:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be larger than 0, got {self.learning_rate}")
+        if not 0 <= self.gbce_t <= 1:
+            raise ValueError(f"gbce_t must lie in [0, 1], got {self.gbce_t}")
+        for name in ["learning_rate", "clip_norm"]:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be larger than 0, got {value}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"ks must be one or more numbers of at least 1, got {self.ks}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be smaller than epochs, {self.epochs}, got {self.warmup_epochs}")

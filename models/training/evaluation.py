@@ -1,23 +1,26 @@
 """Full ranking: every user's next item against the whole catalogue."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from models import metrics
+from models.compilation import jit
 from models.data.interactions import Interactions
 from models.data.packing import PackedSequences, pack
-from models.recommender import Recommender
-
-PROTOCOL = "full ranking over the catalogue, history not ranked, ties counted against the target"
+from models.sequence_model import SequenceModel
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["packed", "newest", "targets", "seen_users", "seen_items", "chunk_starts"],
-    meta_fields=["num_users", "num_items", "chunk_size", "pairs_per_chunk"],
+    meta_fields=["num_users", "num_items", "chunk_size", "pairs_per_chunk", "exclude_seen"],
 )
 @dataclasses.dataclass(frozen=True)
 class FullRanking:
@@ -34,6 +37,7 @@ class FullRanking:
       num_items: size of the catalogue.
       chunk_size: users scored at once.
       pairs_per_chunk: the largest number of pairs of one chunk.
+      exclude_seen: whether items of the history are left out of the ranking; if not, there are no pairs.
     """
 
     packed: PackedSequences
@@ -46,6 +50,13 @@ class FullRanking:
     num_items: int
     chunk_size: int
     pairs_per_chunk: int
+    exclude_seen: bool
+
+    @property
+    def protocol(self) -> str:
+        """How targets are ranked, in words."""
+        seen = "history not ranked" if self.exclude_seen else "history ranked too"
+        return f"full ranking over the catalogue, {seen}, ties counted against the target"
 
     @classmethod
     def prepare(
@@ -53,8 +64,9 @@ class FullRanking:
         history: Interactions,
         targets: np.ndarray,
         *,
-        model: type[Recommender],
+        model: type[SequenceModel],
         max_length: int,
+        exclude_seen: bool = True,
         batch_size: int = 512,
         chunk_size: int = 256,
     ) -> "FullRanking":
@@ -65,6 +77,7 @@ class FullRanking:
           targets: shape (users,), the item that follows.
           model: the kind of model, which decides what follows the history in its inputs.
           max_length: the longest sequence the model takes.
+          exclude_seen: whether items of the history are left out of the ranking.
           batch_size: users encoded at once, on average.
           chunk_size: users scored at once; a chunk needs ``chunk_size`` × items numbers.
         """
@@ -75,7 +88,7 @@ class FullRanking:
         newest = np.empty(history.num_users, np.int32)
         newest[np.asarray(packed.user)[slot.ravel()[last]]] = last
 
-        users, items = history.distinct_pairs()
+        users, items = history.distinct_pairs() if exclude_seen else (np.zeros(0, int), np.zeros(0, int))
         chunks = -(-history.num_users // chunk_size)
         starts = np.searchsorted(users, np.arange(chunks + 1) * chunk_size)
         pairs_per_chunk = int(np.diff(starts).max())
@@ -97,31 +110,80 @@ class FullRanking:
             num_items=history.num_items,
             chunk_size=chunk_size,
             pairs_per_chunk=pairs_per_chunk,
+            exclude_seen=exclude_seen,
         )
 
-    def ranks(self, model: Recommender) -> jax.Array:
+    def ranks(self, model: SequenceModel) -> jax.Array:
         """Ranks every user's target: shape (users,), int32, 0 for the first place.
 
-        An item in the history is not ranked, unless it is the target. Items with the target's score count as better,
-        and so does everything that cannot be compared: a model that returns NaN finds nothing.
+        An item in the history is not ranked (if ``exclude_seen``), unless it is the target. Items with the target's
+        score count as better, and so does everything that cannot be compared: a model that returns NaN finds nothing.
         """
-        hidden = jax.lax.map(lambda i: model(self.packed.batch(i)), jnp.arange(self.packed.num_batches))
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        weight, bias = model.output_layer()
 
-        def rank(chunk: jax.Array) -> jax.Array:
-            scores = hidden[self.newest[chunk]] @ weight.T + bias
+        def rank(chunk: jax.Array, scores: jax.Array) -> jax.Array:
             targets = self.targets[chunk]
             score = jnp.take_along_axis(scores, targets[:, None], axis=1)
             # "not smaller" rather than "larger or equal": NaN is neither.
             ahead = jnp.sum(~(scores[:, 1 : self.num_items + 1] < score), axis=1)
-            pairs = self.chunk_starts[chunk] + jnp.arange(self.pairs_per_chunk)
-            user = self.seen_users[pairs] - chunk * self.chunk_size
-            item = self.seen_items[pairs]
-            inside = (user >= 0) & (user < self.chunk_size)
-            user = jnp.where(inside, user, 0)
+            user, item, inside = self._seen(chunk)
             hidden_ahead = inside & (item != targets[user]) & ~(scores[user, item] < score[user, 0])
             return ahead - 1 - jax.ops.segment_sum(hidden_ahead.astype(jnp.int32), user, self.chunk_size)
 
-        ranks = jax.lax.map(rank, jnp.arange(len(self.newest)))
-        return ranks.reshape(-1)[: self.num_users]
+        return self._by_chunk(model, rank)
+
+    def top_items(self, model: SequenceModel, k: int) -> jax.Array:
+        """The best items of every user: shape (users, min(k, num_items)), int32, the best first.
+
+        Items in the history are left out if ``exclude_seen``; 0 fills up where too few remain. Of items with the same
+        score the one with the smaller number comes first.
+        """
+
+        def top(chunk: jax.Array, scores: jax.Array) -> jax.Array:
+            user, item, inside = self._seen(chunk)
+            # Pairs of other chunks fall on padding, which is no item either.
+            scores = scores.at[user, jnp.where(inside, item, 0)].set(-jnp.inf)
+            best, found = jax.lax.top_k(scores[:, 1 : self.num_items + 1], min(k, self.num_items))
+            return jnp.where(jnp.isneginf(best), 0, found + 1)
+
+        return self._by_chunk(model, top)
+
+    def _by_chunk(self, model: SequenceModel, function: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        """Applies ``function(chunk, scores)``, with scores of shape (chunk_size, rows of the output layer)."""
+        hidden = jax.lax.map(lambda i: model(self.packed.batch(i)), jnp.arange(self.packed.num_batches))
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        weight, bias = model.output_layer()
+        hidden = hidden.astype(jnp.promote_types(hidden.dtype, weight.dtype))
+        found = jax.lax.map(
+            lambda chunk: function(chunk, hidden[self.newest[chunk]] @ weight.T + bias), jnp.arange(len(self.newest))
+        )
+        return found.reshape(-1, *found.shape[2:])[: self.num_users]
+
+    def _seen(self, chunk: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """User (inside the chunk), item, and whether the pair belongs to the chunk, for a window of pairs."""
+        pairs = self.chunk_starts[chunk] + jnp.arange(self.pairs_per_chunk)
+        user = self.seen_users[pairs] - chunk * self.chunk_size
+        inside = (user >= 0) & (user < self.chunk_size)
+        return jnp.where(inside, user, 0), self.seen_items[pairs], inside
+
+
+def make_test(
+    graphdef: nnx.GraphDef, ks: Sequence[int]
+) -> Callable[[Any, FullRanking], tuple[np.ndarray, dict[str, float]]]:
+    """Builds ``test(params, ranking) -> ranks, metrics``, compiled when it is first called.
+
+    Args:
+      graphdef: of the model.
+      ks: lengths of the lists that metrics are given for.
+
+    Returns:
+      A function that returns ranks (users,) and all metrics by name, coverage included.
+    """
+    ranks_of = jit(lambda params, ranking: ranking.ranks(nnx.merge(graphdef, params)))
+    top_items_of = jit(lambda params, ranking: ranking.top_items(nnx.merge(graphdef, params), max(ks)))
+
+    def test(params: Any, ranking: FullRanking) -> tuple[np.ndarray, dict[str, float]]:
+        ranks, top_items = np.asarray(ranks_of(params, ranking)), top_items_of(params, ranking)
+        coverage = {f"coverage@{k}": metrics.coverage_at_k(top_items, ranking.num_items, k) for k in ks}
+        return ranks, metrics.summarize(ranks, ks) | coverage
+
+    return test

@@ -2,19 +2,29 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+
+def write_bytes(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Has ``write`` fill a file; an interrupted write leaves what was there before."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path``; an interrupted write leaves what was there before."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Writes ``text`` to ``path``, see :func:`write_bytes`."""
+    write_bytes(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, see :func:`write_text`."""
+    """Writes ``value`` as indented JSON, see :func:`write_bytes`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import metrics
 from models.data import Interactions, drifting_interests, leave_one_out
 from models.sasrec import SASRec
 from models.training.evaluation import FullRanking
@@ -43,11 +42,11 @@ def test_ranks_equal_sorting_by_hand(split, max_length, chunk_size):
 class Constant(nnx.Module):
     """Scores every item alike, or as told."""
 
-    def __init__(self, scores):
-        self.vectors = nnx.data(jnp.asarray(scores, jnp.float32)[:, None])
+    def __init__(self, scores, dtype=jnp.float32):
+        self.vectors, self.dtype = nnx.data(jnp.asarray(scores, jnp.float32)[:, None]), dtype
 
     def __call__(self, batch, key=None):
-        return jnp.ones((*batch.inputs.shape, 1))
+        return jnp.ones((*batch.inputs.shape, 1), self.dtype)
 
     def output_layer(self):
         return self.vectors, jnp.zeros(len(self.vectors))
@@ -79,16 +78,50 @@ def test_nan_finds_nothing():
     assert ranks([0, 1, 1, 5, np.nan, 1, 1], [3, 3]) == [1, 1]
 
 
-def test_metrics_against_the_definition():
-    got = metrics.summarize(jnp.array([0, 4, 9, 10, 30]), ks=(1, 5, 10))
-    dcg = [1 / np.log2(r + 2) for r in (0, 4, 9)]
-    expected = {
-        "HR@1": 0.2,
-        "HR@5": 0.4,
-        "HR@10": 0.6,
-        "NDCG@1": 0.2,
-        "NDCG@5": sum(dcg[:2]) / 5,
-        "NDCG@10": sum(dcg) / 5,
-    }
-    assert got == pytest.approx(expected, rel=1e-6)
-    assert list(got) == list(expected)
+def test_seen_items_are_ranked_on_request(split):
+    model = SASRec(40, max_length=8, embedding_dim=8, rngs=nnx.Rngs(1))
+    options = {"model": SASRec, "max_length": 8, "chunk_size": 16}
+    everything = FullRanking.prepare(split.test_history, split.test, exclude_seen=False, **options)
+    unseen = FullRanking.prepare(split.test_history, split.test, **options)
+    assert "history ranked too" in everything.protocol
+    assert "history not ranked" in unseen.protocol
+    table = np.asarray(model.output_layer()[0])
+    graphdef, params = nnx.split(model)
+    encode = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
+    for user, (sequence, target) in enumerate(zip(split.test_history, split.test, strict=True)):
+        if user % 10:
+            continue
+        scores = table @ np.asarray(encode(params, alone(sequence[-8:], 8)))[0, len(sequence[-8:]) - 1]
+        order = [item for item in np.argsort(-scores, kind="stable") if item]
+        fresh = [item for item in order if item not in sequence]
+        assert everything.ranks(model)[user] == order.index(target)
+        assert np.asarray(everything.top_items(model, 7))[user].tolist() == order[:7]
+        assert np.asarray(unseen.top_items(model, 7))[user].tolist() == fresh[:7]
+        filled = np.asarray(unseen.top_items(model, 1000))[user]
+        assert filled.tolist() == fresh + [0] * (40 - len(fresh))
+
+
+def test_top_items_of_equal_scores():
+    def top(scores, k=6):
+        ranking = FullRanking.prepare(HISTORY, np.array([3, 3]), model=SASRec, max_length=4)
+        return np.asarray(ranking.top_items(Constant(scores), k)).tolist()
+
+    assert top([9, 0, 0, 1, 0, 2, 0], 4) == [[5, 3, 4, 6], [5, 3, 1, 2]]
+    assert top([9] * 7) == [[3, 4, 5, 6, 0, 0], [1, 2, 3, 4, 5, 0]]
+
+
+def test_half_precision_ends_before_the_scores():
+    scores = 1 + np.array([0, 3, 2, 1, 5, 6, 4]) * 2.0**-20
+    ranking = FullRanking.prepare(HISTORY, np.array([6, 2]), model=SASRec, max_length=4)
+    model = Constant(scores, jnp.bfloat16)
+    assert np.asarray(ranking.ranks(model)).tolist() == [2, 3]
+    assert np.asarray(ranking.top_items(model, 3)).tolist() == [[5, 4, 6], [5, 4, 1]]
+
+
+def test_scores_never_exist_whole(split):
+    ranking = FullRanking.prepare(split.test_history, split.test, model=SASRec, max_length=4, chunk_size=16)
+    for program in (ranking.ranks, lambda model: ranking.top_items(model, 3)):
+        text = jax.jit(lambda program=program: program(Constant(np.ones(41)))).lower().as_text()
+        assert "tensor<16x41xf32>" in text
+        assert "tensor<70x41xf32>" not in text
+        assert "tensor<80x41xf32>" not in text

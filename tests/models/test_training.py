@@ -11,12 +11,27 @@ from flax import nnx
 from models import metrics
 from models.compilation import jit
 from models.data import Interactions, drifting_interests
-from models.losses import binary_cross_entropy
+from models.losses import binary_cross_entropy, make_loss
 from models.registry import make_model
 from models.training import compare, loop
 from models.training.config import OPTIMIZERS, TrainConfig
 from models.training.files import read_history, write_json
-from models.training.optimizers import make_optimizer
+from models.training.optimizers import make_optimizer, make_schedule, make_stages
+from models.training.prepare import prepare
+from models.training.program import make_epoch
+from sevo_optax import scale_by_adam_corrected, smooth, smoothness
+
+
+def events(file):
+    """The events of a TensorBoard file."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, position = file.read_bytes(), 0
+    while position < len(content):  # length, checksum, event, checksum
+        length = int.from_bytes(content[position : position + 8], "little")
+        yield Event.FromString(content[position + 12 : position + 12 + length])
+        position += length + 16
+
 
 CONFIG = TrainConfig(
     max_length=8, embedding_dim=8, num_blocks=1, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1
@@ -25,7 +40,7 @@ CONFIG = TrainConfig(
 
 @pytest.fixture(scope="module")
 def prepared():
-    return loop.prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
+    return prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
 
 
 def start(prepared, optimizer):
@@ -54,7 +69,7 @@ def test_an_epoch_is_its_steps_one_after_the_other(prepared, optimizer):
         expected = optax.apply_updates(expected, updates)
         losses.append(float(loss))
 
-    got, _, step_losses = jit(loop.make_epoch(graphdef, tx, binary_cross_entropy))(
+    got, _, step_losses = jit(make_epoch(graphdef, tx, binary_cross_entropy))(
         params, opt_state, prepared.packed, prepared.unseen, key
     )
     np.testing.assert_allclose(step_losses, losses, rtol=1e-4)
@@ -84,12 +99,12 @@ def test_the_best_epoch_is_tested(prepared, tmp_path):
 
     # Training again and stopping there ends with the parameters that were tested.
     graphdef, params, tx, opt_state = start(prepared, "sevo-gradient")
-    epoch_fn = jit(loop.make_epoch(graphdef, tx, binary_cross_entropy))
+    epoch_fn = jit(make_epoch(graphdef, tx, binary_cross_entropy))
     for epoch in range(1, result.best_epoch + 1):
         key = jax.random.fold_in(jax.random.key(CONFIG.seed), epoch)
         params, opt_state, _ = epoch_fn(params, opt_state, prepared.packed, prepared.unseen, key)
     ranks = jax.jit(lambda p: prepared.test.ranks(nnx.merge(graphdef, p)))(params)
-    assert metrics.summarize(ranks) == pytest.approx(result.test, abs=1e-6)
+    assert result.test == pytest.approx(result.test | metrics.summarize(ranks), abs=1e-6)
 
     stored = json.loads((tmp_path / "result.json").read_text())
     assert stored == json.loads(json.dumps(dataclasses.asdict(result)))
@@ -108,7 +123,7 @@ def test_held_out_items_do_not_reach_the_graph():
     sequences = [[1, 2, 3, 4, 5], [2, 3, 6, 7], [1, 5, 2, 6, 3]]
     held_out_changed = [[1, 2, 3, 7, 6], [2, 3, 1, 4], [1, 5, 2, 4, 7]]
     first, second = (
-        loop.prepare(Interactions.from_sequences(s, num_items=7), CONFIG).adjacency.todense()
+        prepare(Interactions.from_sequences(s, num_items=7), CONFIG).adjacency.todense()
         for s in (sequences, held_out_changed)
     )
     np.testing.assert_array_equal(first, second)
@@ -132,7 +147,7 @@ def test_every_optimizer_moves_the_table_differently(prepared):
     tables = {}
     for optimizer in OPTIMIZERS:
         graphdef, params, tx, opt_state = start(prepared, optimizer)
-        params, _, _ = jit(loop.make_epoch(graphdef, tx, binary_cross_entropy))(
+        params, _, _ = jit(make_epoch(graphdef, tx, binary_cross_entropy))(
             params, opt_state, prepared.packed, prepared.unseen, jax.random.key(0)
         )
         tables[optimizer] = nnx.merge(graphdef, params).output_layer()[0]
@@ -143,14 +158,190 @@ def test_every_optimizer_moves_the_table_differently(prepared):
 
 def test_compare(prepared, tmp_path):
     results = compare.compare(prepared, dataclasses.replace(CONFIG, epochs=2), tmp_path)
-    assert [result.optimizer for result in results] == list(OPTIMIZERS)
+    assert list(results) == list(OPTIMIZERS)
     lines = compare.table(results).splitlines()
     assert lines[0].split()[:7] == ["optimizer", "HR@1", "HR@5", "HR@10", "NDCG@1", "NDCG@5", "NDCG@10"]
     assert [line.split()[0] for line in lines[1:]] == list(OPTIMIZERS)
-    gain = results[2].test["NDCG@10"] / results[0].test["NDCG@10"] - 1
+    gain = results["sevo-gradient"][0].test["NDCG@10"] / results["adamw"][0].test["NDCG@10"] - 1
     assert f"{gain:+.1%}" in lines[3]
+    assert "±" not in lines[1]
     assert (tmp_path / "compare.png").stat().st_size > 10_000
-    assert len(json.loads((tmp_path / "compare.json").read_text())) == 3
+    report = json.loads((tmp_path / "compare.json").read_text())
+    assert report["optimizers"]["sevo-gradient"]["test"]["NDCG@10"] == {
+        "mean": results["sevo-gradient"][0].test["NDCG@10"],
+        "sd": None,
+        "relative": pytest.approx(gain),
+        "p_value": None,
+    }
+
+
+def test_compare_several_seeds(prepared, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, epochs=2, seed=5)
+    options = {"optimizers": ("adamw", "sevo-gradient"), "seeds": 3}
+    results = compare.compare(prepared, config, tmp_path / "alone", **options)
+    assert [run.config["seed"] for run in results["adamw"]] == [5, 6, 7]
+    assert (tmp_path / "alone" / "sevo-gradient-7" / "run.json").exists()
+
+    values, base = ([run.test["NDCG@10"] for run in results[name]] for name in ("sevo-gradient", "adamw"))
+    found = json.loads((tmp_path / "alone" / "compare.json").read_text())["optimizers"]["sevo-gradient"]["test"]
+    differences = np.subtract(values, base)
+    t = differences.mean() / (differences.std(ddof=1) / np.sqrt(3))
+    # The distribution function of Student's t with two degrees of freedom, in closed form.
+    p = 1 - abs(t) / np.sqrt(2 + t * t)
+    assert found["NDCG@10"]["p_value"] == pytest.approx(p, rel=1e-6)
+    assert found["NDCG@10"]["mean"] == pytest.approx(np.mean(values))
+    assert found["NDCG@10"]["sd"] == pytest.approx(np.std(values, ddof=1))
+    line = compare.table(results).splitlines()[2]
+    assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in line
+    assert f"{p:.2g}" in line.split()
+
+    with monkeypatch.context() as patch:  # as on a GPU
+        patch.setattr(compare, "seeds_at_once", lambda count: count)
+        together = compare.compare(prepared, config, tmp_path / "together", **options)
+    for one, two in zip(results["sevo-gradient"], together["sevo-gradient"], strict=True):
+        np.testing.assert_allclose(two.losses, one.losses, rtol=1e-3)
+
+    again = compare.compare(prepared, config, tmp_path / "alone", **options, resume=True)
+    assert again == results
+
+
+def test_no_t_test_without_differences():
+    assert compare.gain([0.5], [0.4]) == compare.Gain(pytest.approx(0.25), None)
+    assert compare.gain([0.5, 0.5], [0.4, 0.4]).p_value is None
+    assert compare.gain([0.5, 0.4], [0.0, 0.0]).relative is None
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules(schedule):
+    config = dataclasses.replace(CONFIG, schedule=schedule, warmup_epochs=2, epochs=10, learning_rate=0.5)
+    rate = make_schedule(config, steps_per_epoch=4)
+    steps = np.arange(41)
+    rest = np.clip((steps - 8) / 32, 0, 1)
+    falling = {"constant": 1 + 0 * rest, "linear": 1 - rest, "cosine": (1 + np.cos(np.pi * rest)) / 2}
+    expected = 0.5 * np.where(steps < 8, steps / 8, falling[schedule])
+    np.testing.assert_allclose([rate(step) for step in steps], expected, atol=1e-6)
+
+
+def test_a_schedule_reaches_the_steps(prepared):
+    falling = loop.train(prepared, dataclasses.replace(CONFIG, schedule="linear", warmup_epochs=1), "sevo-adamw")
+    constant = loop.train(prepared, CONFIG, "sevo-adamw")
+    assert falling.losses[0] > constant.losses[0]  # the first steps of a warm-up are small
+    assert falling.losses != constant.losses
+
+
+def test_clipped_gradients_have_the_norm(prepared):
+    config = dataclasses.replace(CONFIG, clip_norm=1e-3)
+    stages = make_stages("sevo-gradient", config, prepared.adjacency, ("item_embedding",))
+    assert next(iter(stages)) == "clip"
+    grads = {"item_embedding": jnp.ones((41, 8))}
+    clipped, _ = stages["clip"].update(grads, stages["clip"].init(grads))
+    assert float(optax.tree.norm(clipped)) == pytest.approx(1e-3)
+    assert "clip" not in make_stages("adamw", CONFIG, prepared.adjacency, ("item_embedding",))
+
+
+def test_early_stopping(prepared, tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, epochs=200, patience=3)
+    result = loop.train(prepared, config, "adamw", tmp_path)
+    scores = [record["validation"]["NDCG@10"] for record in read_history(tmp_path / "history.jsonl")[1::2]]
+    assert len(result.losses) == 2 * len(scores) < 200
+    assert result.best_epoch == len(result.losses) - 2 * 3
+    assert max(scores[-3:]) <= scores[-4] == max(scores)
+    assert "in 3 evaluations: stopped early" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
+@pytest.mark.parametrize("loss", ["bce", "ce"])
+def test_bfloat16_computes_close_to_float32(prepared, model, loss):
+    config = dataclasses.replace(CONFIG, model=model, loss=loss, dropout_rate=0.0, num_heads=2)
+    kind = dataclasses.replace(config, compute_dtype="bfloat16")
+    losses = {}
+    for name, settings in (("float32", config), ("bfloat16", kind)):
+        model_ = make_model(settings, num_items=40, max_length=8, seed=1)
+        graphdef, params = nnx.split(model_, nnx.Param)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+        function = make_loss(settings)
+
+        def value(params, graphdef=graphdef, function=function):
+            return function(nnx.merge(graphdef, params), prepared.packed.batch(0), prepared.unseen, jax.random.key(0))
+
+        losses[name], grads = jax.jit(jax.value_and_grad(value))(params)
+        assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+        hidden = jax.eval_shape(lambda m: m(prepared.packed.batch(0)), model_)
+        assert hidden.dtype == name
+    assert losses["bfloat16"].dtype == jnp.float32
+    assert float(losses["bfloat16"]) != float(losses["float32"])
+    assert float(losses["bfloat16"]) == pytest.approx(float(losses["float32"]), rel=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_diagnostics_describe_the_next_step_and_change_nothing(prepared, tmp_path, optimizer):
+    config = dataclasses.replace(CONFIG, epochs=2)
+    plain = loop.train(prepared, config, optimizer)
+    result = loop.train(prepared, dataclasses.replace(config, diagnostics=True), optimizer, tmp_path)
+    assert result.losses == plain.losses
+    found = read_history(tmp_path / "history.jsonl")[1]["diagnostics"]
+
+    graphdef, params, tx, opt_state = start(prepared, optimizer)
+    epoch = jit(make_epoch(graphdef, tx, binary_cross_entropy))
+    for number in (1, 2):
+        key = jax.random.fold_in(jax.random.key(CONFIG.seed), number)
+        params, opt_state, _ = epoch(params, opt_state, prepared.packed, prepared.unseen, key)
+    shuffle_key, step_key = jax.random.split(key)
+    batch = prepared.packed.shuffle(shuffle_key).batch(0)
+    grads = jax.grad(lambda p: binary_cross_entropy(nnx.merge(graphdef, p), batch, prepared.unseen, step_key))(params)
+    raw = grads
+    if optimizer == "adamw":
+        raw, _ = optax.scale_by_adam(b2=0.98).update(grads, opt_state["moments"])
+    if optimizer == "sevo-adamw":
+        raw, _ = scale_by_adam_corrected(b2=0.98, tables="item_embedding").update(grads, opt_state["moments"])
+    (raw,) = jax.tree.leaves(raw["item_embedding"])
+    smoothed = raw if optimizer == "adamw" else smooth(raw, prepared.adjacency)
+    (table,) = jax.tree.leaves(params["item_embedding"])
+
+    def rough(x):
+        return float(smoothness(x, prepared.adjacency) / jnp.sum(x * x))
+
+    cosine = float(jnp.sum(raw * smoothed) / jnp.linalg.norm(raw) / jnp.linalg.norm(smoothed))
+    expected = {"raw update": rough(raw), "smoothed update": rough(smoothed), "embedding": rough(table)}
+    expected = {f"item_embedding/{name}": value for name, value in (expected | {"alignment": cosine}).items()}
+    assert found == pytest.approx(expected, rel=1e-3)
+    if optimizer != "adamw":
+        assert found["item_embedding/smoothed update"] < found["item_embedding/raw update"]
+        assert 0 < found["item_embedding/alignment"] < 1
+
+
+def test_scalars_for_tensorboard(prepared, tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=2, tensorboard=True, diagnostics=True)
+    result = loop.train(prepared, config, "sevo-adamw", tmp_path)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    found = {}
+    for event in events(file):
+        for value in event.summary.value:
+            found.setdefault(value.tag, {})[event.step] = value.simple_value
+    assert found["loss"] == pytest.approx(dict(enumerate(result.losses, 1)))
+    assert found["validation/NDCG_10"] == pytest.approx({2: result.validation["NDCG@10"]})
+    assert {"tokens_per_second", "item_embedding/alignment", "item_embedding/raw_update"} <= set(found)
+
+
+def test_ranks_of_users(prepared, tmp_path):
+    result = loop.train(prepared, dataclasses.replace(CONFIG, epochs=2, per_user=True, ks=(3, 7)), "adamw", tmp_path)
+    lines = (tmp_path / "per_user.csv").read_text().splitlines()
+    assert lines[0] == "user,item,rank"
+    rows = np.array([line.split(",") for line in lines[1:]], int)
+    np.testing.assert_array_equal(rows[:, 0], prepared.split.test_history.user_ids)
+    np.testing.assert_array_equal(rows[:, 1], prepared.split.test)
+    assert result.test["HR@7"] == pytest.approx(np.mean(rows[:, 2] <= 7))
+    assert result.test["MRR@3"] == pytest.approx(np.mean(np.where(rows[:, 2] <= 3, 1 / rows[:, 2], 0)))
+    assert set(result.test) == {f"{name}@{k}" for name in ("HR", "NDCG", "MRR", "coverage") for k in (3, 7)}
+
+
+def test_seen_items_are_ranked_on_request(prepared):
+    config = dataclasses.replace(CONFIG, epochs=2, exclude_seen=False, ks=(40,))
+    everything = loop.train(prepare(prepared.interactions, config), config, "adamw")
+    unseen = loop.train(prepared, dataclasses.replace(config, exclude_seen=True), "adamw")
+    assert everything.losses == unseen.losses
+    assert everything.test["MRR@40"] < unseen.test["MRR@40"]
+    assert everything.protocol != unseen.protocol
 
 
 def test_writing_fails_whole(tmp_path):

@@ -1,0 +1,387 @@
+"""The commands that use a trained model: ``python -m models recommend``, ``evaluate`` and ``export``."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from models.training.config import DataFormat, Duplicates, SourceConfig, SplitMethod, TrainConfig
+from models.training.files import write_bytes, write_json, write_text
+
+if TYPE_CHECKING:
+    from models.data import Interactions
+    from models.inference import Recommendation
+
+# JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
+
+USERS_AT_ONCE = 8192
+SHOWN = 5
+LEAST_TO_SPLIT = 3
+# A user, if there are several, and what to recommend.
+Found = tuple[Any, "Recommendation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a file of interactions is read."""
+
+    data_format: DataFormat = "auto"
+    """inter: RecBole. dat: MovieLens. json: an object a line. s3rec: 'user item item …' a line. auto: by the suffix."""
+    user_column: str | None = None
+    """Column of the users' ids (left out: one with a usual name; without a header 1)."""
+    item_column: str | None = None
+    """Column of the items' ids (left out: one with a usual name; without a header 2)."""
+    time_column: str | None = None
+    """Column of the times; none: order of the file (left out: a usual name, if there is one; without a header 4)."""
+    header: bool = True
+    """Whether the first line of a csv or tsv names the columns; if not, they are called 1, 2, 3 …."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommend:
+    """Recommend what may follow one history, or every history of a file."""
+
+    checkpoint: Path
+    """Folder of the training run: what its --output-dir was."""
+    which: Literal["best", "last"] = "best"
+    """The parameters with the best validation result, or the newest."""
+    history: tuple[str, ...] = ()
+    """Ids of the items of one user, oldest first."""
+    histories: Path | None = None
+    """A file of interactions instead: a recommendation for every user in it."""
+    k: int = 10
+    """How many items to recommend."""
+    include_seen: bool = False
+    """Whether items of the history may be recommended again."""
+    titles: Path | None = None
+    """A table with one line an item, between tabs or commas, to show titles from."""
+    title_item_column: str = "item_id"
+    """Its column of item ids."""
+    title_column: str = "title"
+    """Its column of titles."""
+    output: Path | None = None
+    """A .csv (one line an item) or .jsonl (one line a user) to write (left out: a table is printed)."""
+    reading: tyro.conf.OmitArgPrefixes[Reading] = dataclasses.field(default_factory=Reading)
+    """How the file of histories is read."""
+
+    def run(self) -> None:
+        """Recommends, and prints a table or where the recommendations are."""
+        if bool(self.history) == (self.histories is not None):
+            raise ValueError("give either --history with the ids of one user's items, or --histories with a file")
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+        if self.output is not None:
+            if self.output.suffix not in WRITERS:
+                raise ValueError(f"output must end in {' or '.join(WRITERS)}, got {self.output}")
+            _make_parent("output", self.output)
+        titles = None
+        if self.titles is not None:
+            titles = read_titles(self.titles, item_column=self.title_item_column, title_column=self.title_column)
+
+        from models.inference import Recommender
+
+        recommender = Recommender.load(self.checkpoint, self.which)
+        recommend = partial(recommender.recommend, k=self.k, exclude_seen=not self.include_seen)
+        if self.histories is None:
+            (recommendation,) = recommend([self.history])
+            if len(recommendation.unknown) == len(set(self.history)):
+                raise ValueError(
+                    f"history: {self.checkpoint} knows none of {_some(recommendation.unknown)}; "
+                    f"an item it knows is {recommender.item_ids[1]}"
+                )
+            found = [(None, recommendation)]
+        else:
+            data = load_and_describe(SourceConfig(data=self.histories, **dataclasses.asdict(self.reading)))
+            found = _recommend_to_all(data, recommend)
+        watch = _Watch()
+        if self.output is None:
+            print(_table(list(_lines(watch.pass_on(found), titles))))
+        else:
+            write = WRITERS[self.output.suffix]
+            write_bytes(self.output, lambda file: write(file, watch.pass_on(found), titles))
+            print(f"recommendations for {watch.users:,} {'user' if watch.users == 1 else 'users'}: {self.output}")
+        watch.report()
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Test a trained model, on the data it comes from or on others."""
+
+    checkpoint: Path
+    """Folder of the training run: what its --output-dir was."""
+    which: Literal["best", "last"] = "best"
+    """The parameters with the best validation result, or the newest."""
+    data: Path | None = None
+    """Another file, or name of a public data set; its items are matched by their ids (left out: the run's data)."""
+    duplicates: Duplicates | None = None
+    """Which interactions of the same user and item stay (left out, here and in what follows: as in the run)."""
+    min_user_interactions: int | None = None
+    """Users with fewer interactions are left out."""
+    min_item_interactions: int | None = None
+    """Items with fewer interactions are left out."""
+    split: SplitMethod | None = None
+    """leave-one-out: test on each user's last item. global-time: on each user's first item behind a moment."""
+    split_quantiles: tuple[float, float] | None = None
+    """global-time: shares of all interactions before the moments of validation and test."""
+    split_times: tuple[str, str] | None = None
+    """global-time: the two moments themselves."""
+    ks: tuple[int, ...] | None = None
+    """Lengths of the lists that metrics are given for."""
+    exclude_seen: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave items in a user's history out of the ranking, even if the run did not."""
+    include_seen: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["--no-exclude-seen"])] = False
+    """Rank items in a user's history too, even if the run did not."""
+    cache_dir: Path | None = None
+    """Where public data sets are kept."""
+    per_user: Path | None = None
+    """A .csv to write the rank of every test user's item to."""
+    output: Path | None = None
+    """A .json to write the result to."""
+    reading: tyro.conf.OmitArgPrefixes[Reading] = dataclasses.field(default_factory=Reading)
+    """How the data are read (left out: as in the run, unless --data is given)."""
+
+    def run(self) -> None:
+        """Tests, and prints the metrics and how they came about."""
+        if self.exclude_seen and self.include_seen:
+            raise ValueError("exclude_seen and include_seen exclude each other; give one of them")
+        for name in ("per_user", "output"):
+            _make_parent(name, getattr(self, name))
+
+        from models.inference import evaluate, in_catalogue
+        from models.training.checkpoints import fingerprint, load_run
+        from models.training.run import SELECTION
+
+        run = load_run(self.checkpoint, self.which)
+        config = self._config(run.info.config)
+        interactions = load_and_describe(config)
+        if fingerprint(interactions) != run.info.data:
+            shortest = LEAST_TO_SPLIT if config.split == "leave-one-out" else 1
+            interactions = in_catalogue(interactions, run.item_ids, min_user_interactions=shortest)
+            print(f"  {interactions.notes[-1]}")
+        evaluation = evaluate(
+            run, config.split_interactions(interactions), ks=config.ks, exclude_seen=config.exclude_seen
+        )
+        tested = (
+            f"at the epoch with the best validation {SELECTION}" if self.which == "best" else "after the last epoch"
+        )
+        protocol = f"{evaluation.protocol}; tested {tested}"
+        print(f"{self.checkpoint}, epoch {run.epoch}: {len(evaluation.ranks):,} users")
+        print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items()))
+        print(f"({protocol})")
+        if self.per_user is not None:
+            rows = zip(
+                evaluation.users.tolist(), evaluation.items.tolist(), (evaluation.ranks + 1).tolist(), strict=True
+            )
+            write_text(self.per_user, _csv([("user", "item", "rank"), *rows]))
+            print(f"ranks: {self.per_user}")
+        if self.output is not None:
+            report = {
+                "checkpoint": str(self.checkpoint),
+                "which": self.which,
+                "epoch": run.epoch,
+                "data": None if config.data is None else str(config.data),
+                "users": len(evaluation.ranks),
+                "protocol": protocol,
+                "test": evaluation.metrics,
+            }
+            write_json(self.output, report)
+            print(f"result: {self.output}")
+
+    def _config(self, config: TrainConfig) -> TrainConfig:
+        """The run's configuration with what this command's options say otherwise."""
+        usual = dataclasses.asdict(Reading())
+        reading = {} if self.data is None else usual
+        reading |= {name: value for name, value in dataclasses.asdict(self.reading).items() if value != usual[name]}
+        names = ("data", "cache_dir", "duplicates", "min_user_interactions", "min_item_interactions", "ks")
+        names += ("split", "split_quantiles", "split_times")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if "split_quantiles" in given:
+            given.setdefault("split_times", None)
+        if self.exclude_seen or self.include_seen:
+            given["exclude_seen"] = self.exclude_seen
+        return dataclasses.replace(config, **reading | given).resolved()
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a trained model to one file that JAX alone can run, on a CPU, a GPU or a TPU."""
+
+    checkpoint: Path
+    """Folder of the training run: what its --output-dir was."""
+    which: Literal["best", "last"] = "best"
+    """The parameters with the best validation result, or the newest."""
+    output: Path | None = None
+    """File to write; the items' ids come beside it (left out: model.jaxexport in the run's folder)."""
+
+    def run(self) -> None:
+        """Exports, and prints where to and how to use it."""
+        output = self.checkpoint / "model.jaxexport" if self.output is None else self.output
+        if self.output is not None:
+            _make_parent("output", output)
+
+        from models import export
+        from models.training.checkpoints import load_run
+
+        run = load_run(self.checkpoint, self.which)
+        items = export.write_export(run, output)
+        size = output.stat().st_size / 1e6
+        print(
+            f"{self.checkpoint}, epoch {run.epoch}: wrote {output} ({size:.1f} MB, for {', '.join(export.PLATFORMS)})"
+        )
+        print(f"and the items' ids: {items}. To use them:\n")
+        print(export.usage(run, output, items))
+
+
+def load_and_describe(source: SourceConfig) -> "Interactions":
+    """Reads the data, and says what it is and what was done to it."""
+    interactions = source.load_interactions()
+    print(f"{source.data or 'embedded data'}: {interactions}")
+    for note in interactions.notes:
+        print(f"  {note}")
+    return interactions
+
+
+def read_titles(path: Path, *, item_column: str = "item_id", title_column: str = "title") -> dict[str, str]:
+    """Reads titles from a table with a header line and one line an item.
+
+    Args:
+      path: the file, with tabs between the columns if the header has one, otherwise with commas.
+      item_column: column of the items' raw ids.
+      title_column: column of the titles.
+
+    Returns:
+      Title by raw id, both as text.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is no such table, or a column is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"titles: {path} does not exist; give a table with one line an item")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in header else {}
+            rows = csv.reader(itertools.chain([header], file), **dialect)
+            names = next(rows, [])
+            for option, name in {"title_item_column": item_column, "title_column": title_column}.items():
+                if name not in names:
+                    raise ValueError(f"{option}: {path} has no column {name!r}; it has {', '.join(names) or 'none'}")
+            item, title = names.index(item_column), names.index(title_column)
+            return {row[item]: row[title] for row in rows if len(row) > max(item, title)}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"titles: {path} cannot be read as a table ({error})") from None
+
+
+def _recommend_to_all(
+    interactions: "Interactions", recommend: Callable[[list[Any]], list["Recommendation"]]
+) -> Iterator[Found]:
+    """Recommends to some users at a time: what is found for a large file never exists whole."""
+    pairs = zip(interactions.user_ids.tolist(), interactions, strict=True)
+    while group := list(itertools.islice(pairs, USERS_AT_ONCE)):
+        histories = [interactions.item_ids[items] for _, items in group]
+        yield from zip([user for user, _ in group], recommend(histories), strict=True)
+
+
+class _Watch:
+    """Passes recommendations on and notes what was unknown."""
+
+    def __init__(self) -> None:
+        self.users = self.with_unknown = self.empty = 0
+        self.unknown: dict[Any, None] = {}
+
+    def pass_on(self, found: Iterable[Found]) -> Iterator[Found]:
+        for user, recommendation in found:
+            self.users += 1
+            self.with_unknown += bool(recommendation.unknown)
+            self.empty += not recommendation.items
+            self.unknown.update(dict.fromkeys(recommendation.unknown))
+            yield user, recommendation
+
+    def report(self) -> None:
+        if self.unknown:
+            where = f", in {self.with_unknown:,} of {self.users:,} histories" if self.users > 1 else ""
+            print(f"warning: unknown to the model and passed over{where}: {_some(self.unknown)}", file=sys.stderr)
+        if self.empty:
+            print(f"warning: no recommendation for {self.empty:,} of {self.users:,} users", file=sys.stderr)
+
+
+def _some(ids: Iterable[Any]) -> str:
+    """A list of ids, shortened."""
+    ids = [str(raw_id) for raw_id in ids]
+    return ", ".join(ids[:SHOWN]) + (f" and {len(ids) - SHOWN:,} more" if len(ids) > SHOWN else "")
+
+
+def _lines(found: Iterable[Found], titles: Mapping[str, str] | None) -> Iterator[dict[str, Any]]:
+    """One line an item."""
+    for user, recommendation in found:
+        for rank, (item, score) in enumerate(zip(recommendation.items, recommendation.scores, strict=True), start=1):
+            line = {} if user is None else {"user": user}
+            line |= {"rank": rank, "item": item, "score": round(score, 6)}
+            yield line if titles is None else line | {"title": titles.get(str(item), "")}
+
+
+def _write_csv(file: IO[bytes], found: Iterable[Found], titles: Mapping[str, str] | None) -> None:
+    names: list[str] = []
+    for line in _lines(found, titles):
+        if not names:
+            names = list(line)
+            file.write(_csv([names]).encode())
+        file.write(_csv([line.values()]).encode())
+
+
+def _write_jsonl(file: IO[bytes], found: Iterable[Found], titles: Mapping[str, str] | None) -> None:
+    for user, recommendation in found:
+        record = {} if user is None else {"user": user}
+        record |= dataclasses.asdict(recommendation)
+        if titles is not None:
+            record["titles"] = [titles.get(str(item), "") for item in recommendation.items]
+        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
+
+WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl}
+
+
+def _csv(rows: Iterable[Iterable[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _table(lines: list[dict[str, Any]]) -> str:
+    """Lines under their names; numbers to the right, scores with four digits."""
+    if not lines:
+        return ""
+    cells = [[f"{value:.4f}" if name == "score" else str(value) for name, value in line.items()] for line in lines]
+    cells = [list(lines[0]), *cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [not isinstance(value, str) for value in lines[0].values()]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in cells
+    )
+
+
+def _make_parent(option: str, path: Path | None) -> None:
+    """Makes the folder of a file to write, or fails before anything else is done."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option}: {path.parent} cannot be made ({error.strerror}); give another file") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        what = "is a folder" if path.is_dir() else "cannot be written"
+        raise ValueError(f"{option}: {path} {what}; give another file")

@@ -1,0 +1,351 @@
+import csv
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from models import inference
+from models.__main__ import main
+from models.commands import read_titles
+from models.data import Interactions, item_numbers, leave_one_out
+from models.inference import Recommender, evaluate, in_catalogue
+from models.training import loop
+from models.training.checkpoints import CheckpointError, load_run
+from models.training.config import TrainConfig
+from models.training.evaluation import FullRanking
+from models.training.prepare import prepare
+from tests.models.saved_runs import CONFIG, save_run, small_data
+
+IDS = np.array([f"item {i}" if i else "" for i in range(41)])
+
+
+@pytest.fixture(scope="module", params=["sasrec", "bert4rec"])
+def run(request, tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp(request.param), small_data(IDS), model=request.param)
+
+
+@pytest.fixture(scope="module")
+def sasrec(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("sasrec"), small_data(IDS))
+
+
+@pytest.fixture(scope="module")
+def recommender(sasrec):
+    return Recommender.load(sasrec)
+
+
+def raw(interactions):
+    return [interactions.item_ids[items].tolist() for items in interactions]
+
+
+def test_recommends_in_the_order_of_the_evaluation(run, monkeypatch):
+    monkeypatch.setattr(inference, "USERS_AT_ONCE", 16)
+    monkeypatch.setattr(inference, "SHORTEST_ROW", 4)  # rows of 4 (sasrec only), 8 and 12
+    loaded = load_run(run)
+    split = leave_one_out(small_data(IDS))
+    assert split.test_history.lengths.max() > CONFIG.max_length > split.test_history.lengths.min()
+    ranking = FullRanking.prepare(split.test_history, split.test, model=type(loaded.model), max_length=12)
+    ranks, best = jax.jit(lambda ranking: (ranking.ranks(loaded.model), ranking.top_items(loaded.model, 9)))(ranking)
+    found = Recommender.load(run).recommend(raw(split.test_history), k=40)
+    assert [one.items[:9] for one in found] == IDS[best].tolist()
+    assert [one.items.index(IDS[item]) for one, item in zip(found, split.test, strict=True)] == ranks.tolist()
+    for one, history in zip(found, raw(split.test_history), strict=True):
+        assert sorted(one.items + history) == sorted(IDS[1:])
+        assert one.scores == sorted(one.scores, reverse=True)
+        assert one.unknown == []
+
+
+def test_seen_items_on_request(run):
+    recommender = Recommender.load(run)
+    histories = raw(small_data(IDS))[:4]
+    without = recommender.recommend(histories, k=40)
+    with_seen = recommender.recommend(histories, k=40, exclude_seen=False)
+    for one, other, history in zip(without, with_seen, histories, strict=True):
+        assert sorted(other.items) == sorted(IDS[1:])
+        assert [item for item in other.items if item not in history] == one.items
+
+
+def test_the_model_sees_the_newest_items_and_excludes_all(recommender):
+    newest = [f"item {i}" for i in range(1, 13)]
+    older = [f"item {i}" for i in range(20, 40)] * 3
+    short, long = recommender.recommend([newest, older + newest], k=40)
+    assert len(short.items) == 28
+    assert len(long.items) == 8
+    assert long.items == [item for item in short.items if item not in older]
+
+
+def test_alone_and_in_a_batch(recommender):
+    histories = raw(small_data(IDS))[:3]
+    together = recommender.recommend(histories, k=5)
+    for history, one in zip(histories, together, strict=True):
+        (alone,) = recommender.recommend([history], k=5)
+        assert alone.items == one.items
+        np.testing.assert_allclose(alone.scores, one.scores, rtol=1e-5)
+
+
+def test_unknown_items_are_passed_over_and_reported(recommender):
+    known, mixed, nothing, empty = recommender.recommend(
+        [["item 3", "item 4"], ["x", "item 3", 7, "x", "item 4"], ["x"], []], k=3
+    )
+    assert mixed == dataclasses.replace(known, unknown=["x", 7])
+    assert (nothing.items, nothing.scores, nothing.unknown) == ([], [], ["x"])
+    assert (empty.items, empty.scores, empty.unknown) == ([], [], [])
+    assert recommender.recommend([]) == []
+    assert recommender.recommend([["x"]])[0].items == []
+
+
+def test_a_known_catalogue_without_new_items(recommender):
+    (found,) = recommender.recommend([IDS[1:].tolist()])
+    assert found.items == []
+
+
+@pytest.mark.parametrize("ids", [np.arange(41) * 10, np.array(["", *map(str, range(10, 410, 10))])])
+def test_numbers_and_text(sasrec, recommender, ids):
+    renamed = Recommender(load_run(sasrec).model, ids, max_length=12)
+    histories = [[10, 20], ["10", "20"], np.array([10, 20]), (np.int64(10), np.str_("20"))]
+    found = renamed.recommend([*histories, [10, "20", 10.5, None]], k=3)
+    assert all(one.items == found[0].items for one in found)
+    assert [one.unknown for one in found[:4]] == [[]] * 4
+    expected = recommender.recommend([["item 1", "item 2"]], k=3)[0].items
+    assert [str(item) for item in found[0].items] == [f"{10 * int(item.split()[1])}" for item in expected]
+    assert {type(item) for item in found[0].items} == {type(ids.tolist()[1])}
+    raw_ids = [10, "20", "010", "zz", 10.5, None, 0, ""]
+    assert [renamed._number(raw_id) for raw_id in raw_ids] == item_numbers(ids, raw_ids).tolist()
+
+
+def test_few_shapes_are_compiled(sasrec):
+    recommender = Recommender.load(sasrec)
+    histories = [history[:5] for history in raw(small_data(IDS))]
+    for count, k in [(60, 10), (57, 3), (33, 16), (64, 1)]:
+        recommender.recommend((histories * 2)[:count], k=k)
+    assert recommender._top._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("histories", "k", "message"),
+    [
+        ([["item 1"]], 0, "k must be at least 1, got 0"),
+        (["item 1"], 3, r"number 0 is 'item 1'; for a single user give \[history\]"),
+        ([["item 1"], 7], 3, "number 1 is 7"),
+    ],
+)
+def test_bad_requests(recommender, histories, k, message):
+    with pytest.raises(ValueError, match=message):
+        recommender.recommend(histories, k=k)
+
+
+def test_best_and_last(run, tmp_path):
+    best, last = (Recommender.load(run, which).recommend([["item 1"]], k=40)[0] for which in ("best", "last"))
+    assert best.items != last.items
+    with pytest.raises(CheckpointError, match="holds no run"):
+        Recommender.load(tmp_path)
+    with pytest.raises(ValueError, match="best or last"):
+        Recommender.load(run, "worst")
+
+
+def call(capsys, *arguments):
+    """What a command prints, and its warnings."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr()
+
+
+def error_of(capsys, *arguments):
+    """The one line in which a command fails."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    return printed
+
+
+def test_recommend_prints_a_table(sasrec, recommender, tmp_path, capsys):
+    (expected,) = recommender.recommend([["item 3", "item 4"]], k=3)
+    printed, warned = call(
+        capsys, "recommend", "--checkpoint", sasrec, "--k", 3, "--history", "item 3", "x", "item 4", "y"
+    )
+    lines = printed.splitlines()
+    assert lines[0].split() == ["rank", "item", "score"]
+    assert [line[6:].rsplit(maxsplit=1)[0].strip() for line in lines[1:]] == expected.items
+    assert [float(line.split()[-1]) for line in lines[1:]] == pytest.approx(expected.scores, abs=1e-4)
+    assert warned == "warning: unknown to the model and passed over: x, y\n"
+
+    titles = tmp_path / "titles.tsv"
+    titles.write_text(f'id\tname\n{expected.items[0]}\tThe "Title"\n')
+    printed, _ = call(
+        capsys, "recommend", "--checkpoint", sasrec, "--k", 3, "--history", "item 3", "item 4",
+        "--titles", titles, "--title-item-column", "id", "--title-column", "name",
+    )  # fmt: skip
+    assert 'The "Title"' in printed
+    assert printed.splitlines()[0].split() == ["rank", "item", "score", "title"]
+
+    printed, _ = call(capsys, "recommend", "--checkpoint", sasrec, "--k", 40, "--history", "item 3", "--include-seen")
+    assert "item 3 " in printed
+    assert len(printed.splitlines()) == 41
+
+
+def test_recommend_to_every_user_of_a_file(sasrec, recommender, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("models.commands.USERS_AT_ONCE", 2)
+    data = tmp_path / "histories.csv"
+    rows = [("ann", "item 2", 2), ("bob", "x", 1), ("ann", "item 1", 1), ("cid", "item 5", 1), ("cid", "y", 1)]
+    data.write_text("who,what,when\n" + "".join(f"{user},{item},{time}\n" for user, item, time in rows))
+    options = ["--checkpoint", sasrec, "--histories", data, "--k", 2]
+    options += ["--user-column", "who", "--item-column", "what", "--time-column", "when"]
+    ann, cid = recommender.recommend([["item 1", "item 2"], ["item 5"]], k=2)
+
+    printed, warned = call(capsys, "recommend", *options)
+    assert printed.splitlines()[2].split() == ["user", "rank", "item", "score"]
+    assert "warning: unknown to the model and passed over, in 2 of 3 histories: x, y" in warned
+    assert "warning: no recommendation for 1 of 3 users" in warned
+
+    call(capsys, "recommend", *options, "--output", tmp_path / "new" / "found.csv")
+    with (tmp_path / "new" / "found.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["user"], line["rank"], line["item"]) for line in lines] == [
+        (user, str(rank + 1), one.items[rank]) for user, one in [("ann", ann), ("cid", cid)] for rank in range(2)
+    ]
+    assert float(lines[0]["score"]) == pytest.approx(ann.scores[0], abs=1e-5)
+
+    call(capsys, "recommend", *options, "--output", tmp_path / "found.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [record["user"] for record in records] == ["ann", "bob", "cid"]
+    assert [record["items"] for record in records] == [ann.items, [], cid.items]
+    assert records[1]["unknown"] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either --history"),
+        (["--history", "item 1", "--histories", "x.csv"], "give either --history"),
+        (["--history", "x", "y", "x"], "knows none of x, y; an item it knows is item 1"),
+        (["--history", "item 1", "--k", "0"], "k must be at least 1, got 0"),
+        (["--history", "item 1", "--output", "found.xlsx"], "output must end in .csv or .jsonl"),
+        (["--histories", "none.csv"], "none.csv does not exist"),
+        (["--history", "item 1", "--titles", "none.tsv"], "titles: none.tsv does not exist"),
+        (["--history", "item 1", "--titles", "titles.csv"], "title_item_column: titles.csv has no column 'item_id'"),
+        (["--history", "item 1", "--titles", "bad.csv"], "titles: bad.csv cannot be read as a table"),
+    ],
+)
+def test_bad_options(sasrec, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "titles.csv").write_text("id,name\n1,a\n")
+    (tmp_path / "bad.csv").write_bytes(b"item_id,title\n1,\xff\n")
+    assert message in error_of(capsys, "recommend", "--checkpoint", sasrec, *options)
+
+
+def test_titles_with_commas_and_quotes(tmp_path):
+    (tmp_path / "movies.csv").write_text('item_id,year,title\n7,1999,"Good, Bad"\n8\n')
+    assert read_titles(tmp_path / "movies.csv") == {"7": "Good, Bad"}
+    (tmp_path / "movies.item").write_text('title\titem_id\n"Good, Bad\t7\n')
+    assert read_titles(tmp_path / "movies.item") == {"7": '"Good, Bad'}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on a file, and its test metrics."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = zip(small_data().users, IDS[small_data().items], range(10_000), strict=False)
+    (folder / "data.csv").write_text("user,item,time\n" + "".join(f"u{u},{item},{time}\n" for u, item, time in rows))
+    config = dataclasses.replace(
+        CONFIG,
+        data=folder / "data.csv",
+        num_blocks=0,  # compiles faster
+        exclude_seen=False,
+        per_user=True,
+        epochs=1,
+        min_item_interactions=2,
+    ).resolved()
+    result = loop.train(prepare(config.load_interactions(), config), config, "adamw", folder / "run")
+    return folder / "run", result
+
+
+def test_evaluate_gives_what_training_gave(trained, tmp_path, capsys):
+    run, result = trained
+    printed, _ = call(
+        capsys,
+        "evaluate",
+        "--checkpoint",
+        run,
+        "--per-user",
+        tmp_path / "ranks.csv",
+        "--output",
+        tmp_path / "test.json",
+    )
+    report = json.loads((tmp_path / "test.json").read_text())
+    assert report["test"] == result.test
+    assert report["protocol"] == result.protocol
+    assert (report["epoch"], report["users"]) == (result.best_epoch, 60)
+    assert (tmp_path / "ranks.csv").read_text() == (run / "per_user.csv").read_text()
+    assert f"({result.protocol})" in printed
+    assert "test: HR@1 0." in printed
+
+
+def test_evaluate_otherwise(trained, capsys):
+    run, result = trained
+    expected = evaluate(
+        load_run(run), leave_one_out(TrainConfig(data=run.parent / "data.csv").load_interactions()), ks=[3]
+    )
+    printed, _ = call(capsys, "evaluate", "--checkpoint", run, "--ks", 3, "--exclude-seen")
+    assert "  ".join(f"{name} {value:.4f}" for name, value in expected.metrics.items()) in printed
+    assert "history not ranked" in printed
+    assert result.protocol.count("history ranked too") == 1
+
+    printed, _ = call(
+        capsys, "evaluate", "--checkpoint", run, "--which", "last", "--split", "global-time", "--no-exclude-seen"
+    )
+    assert "(global-time split at" in printed
+    assert "history ranked too" in printed
+    assert "; tested after the last epoch)" in printed
+
+
+def test_evaluate_on_other_data(trained, tmp_path, capsys):
+    run, result = trained
+    text = (run.parent / "data.csv").read_text()
+    # The same interactions, an item nobody knows among them, and a user of such items.
+    lines = [line.replace("user,item,time", "who,item,time") for line in text.splitlines()]
+    lines += ["u3,item 0,1", *(f"new,item 0,{time}" for time in range(5))]
+    (tmp_path / "other.csv").write_text("\n".join(lines))
+    out = tmp_path / "test.json"
+    printed, _ = call(
+        capsys,
+        "evaluate",
+        "--checkpoint",
+        run,
+        "--data",
+        tmp_path / "other.csv",
+        "--user-column",
+        "who",
+        "--output",
+        out,
+    )
+    assert "removed 1 unknown items, 6 interactions with them and 1 users" in printed
+    assert json.loads(out.read_text())["test"] == result.test
+
+    (tmp_path / "strange.csv").write_text("user,item\n" + "a,z\n" * 5)
+    error = error_of(capsys, "evaluate", "--checkpoint", run, "--data", tmp_path / "strange.csv")
+    assert "no user has 3 or more with items of the catalogue" in error
+    assert error.endswith("here z\n")
+
+
+def test_evaluate_refuses(trained, tmp_path, capsys):
+    run, _ = trained
+    for options, message in [
+        (["--exclude-seen", "--include-seen"], "exclude each other"),
+        (["--ks", "0"], "ks must be one or more numbers"),
+        (["--data", tmp_path / "none.csv"], "none.csv does not exist"),
+        (["--output", tmp_path], "is a folder"),
+        (["--output", run / "run.json" / "x"], "cannot be made"),
+    ]:
+        assert message in error_of(capsys, "evaluate", "--checkpoint", run, *options)
+
+
+def test_in_catalogue_keeps_numbers_apart():
+    data = Interactions.from_sequences([[3, 1, 2], [2, 3]])
+    known = in_catalogue(data, np.array([0, 3, 9, 1]))
+    assert [items.tolist() for items in known] == [[1, 3], [1]]
+    assert known.num_items == 3
+    assert in_catalogue(data, np.array([0, 3, 9, 1]), min_user_interactions=2).user_ids.tolist() == [1]
