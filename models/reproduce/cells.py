@@ -1,0 +1,167 @@
+"""A cell: one training run of a table, kept as a small JSON file."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from models.reproduce.tables import METRICS, Family
+from models.training.config import TrainConfig
+from models.training.files import write_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training run and what came of it.
+
+    Attributes:
+      experiment: the table's name.
+      dataset: the dataset's name.
+      model: the model's name.
+      variant: the loss.
+      arm: the optimizer.
+      settings: values of what the row varies.
+      seed: the seed.
+      config: the resolved configuration, see :func:`portable`.
+      protocol: how the metrics came about.
+      best_epoch: the epoch with the best validation NDCG@10.
+      validation: metrics of the validation items at that epoch.
+      test: metrics of the test items at that epoch.
+      epoch_seconds: median seconds of an epoch; where several seeds shared a program, their share.
+      total_seconds: seconds of the whole run, likewise.
+      device: what it ran on.
+      versions: of the packages it ran with.
+      history: of each epoch, its number, its mean training loss and, where evaluated, metrics of the validation items.
+    """
+
+    experiment: str
+    dataset: str
+    model: str
+    variant: str
+    arm: str
+    settings: dict[str, Any]
+    seed: int
+    config: dict[str, Any]
+    protocol: str
+    best_epoch: int
+    validation: dict[str, float]
+    test: dict[str, float]
+    epoch_seconds: float
+    total_seconds: float
+    device: str
+    versions: dict[str, str]
+    history: list[dict[str, Any]]
+
+    @classmethod
+    def from_result(
+        cls,
+        experiment: str,
+        family: Family,
+        config: TrainConfig,
+        result: Mapping[str, Any],
+        history: Sequence[Mapping[str, Any]],
+        *,
+        versions: dict[str, str],
+        seeds_together: int = 1,
+    ) -> Self:
+        """A cell from what a training run leaves.
+
+        Args:
+          experiment: the table's name.
+          family: what was trained.
+          config: the run's configuration.
+          result: the fields of its ``Result``.
+          history: the records of its ``history.jsonl``.
+          versions: of the packages it ran with.
+          seeds_together: how many seeds the program trained.
+        """
+        records = []
+        for record in history:
+            kept = {"epoch": record["epoch"], "loss": round(record["loss"], 5)}
+            if "validation" in record:
+                validation = record["validation"]
+                kept["validation"] = _rounded({name: validation[name] for name in METRICS if name in validation})
+            records.append(kept)
+        return cls(
+            experiment=experiment,
+            dataset=family.row.dataset,
+            model=config.model,
+            variant=config.loss,
+            arm=family.arm,
+            settings=family.settings,
+            seed=config.seed,
+            config=portable(config),
+            protocol=result["protocol"],
+            best_epoch=result["best_epoch"],
+            validation=_rounded(result["validation"]),
+            test=_rounded(result["test"]),
+            epoch_seconds=round(result["epoch_seconds"] / seeds_together, 3),
+            total_seconds=round(result["total_seconds"] / seeds_together, 1),
+            device=result["device"],
+            versions=versions,
+            history=records,
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads a cell.
+
+        Raises:
+          ValueError: if the file holds none.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} holds no cell; delete it, and it will be trained again") from None
+
+    def write(self, path: Path) -> None:
+        """Writes the cell as JSON, one line a field and an epoch."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = dataclasses.asdict(self)
+        history = ",\n".join(f"    {json.dumps(record)}" for record in values.pop("history"))
+        fields = "".join(f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in values.items())
+        write_text(path, f'{{\n{fields}  "history": [\n{history}\n  ]\n}}\n')
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs were trained."""
+        return len(self.history)
+
+    def lacks(self, config: TrainConfig) -> str | None:
+        """What keeps this cell from being the run of a configuration.
+
+        Returns:
+          None: it is. An empty text: nothing but epochs, which may be trained still. Else: which setting differs.
+        """
+        wanted, defaults = portable(config), portable(TrainConfig())
+        for name in sorted(set(wanted) | set(self.config)):
+            found = self.config.get(name, defaults.get(name))  # a field that is newer than the cell
+            if name == "epochs" and config.schedule == "constant":
+                continue
+            if found != wanted.get(name):
+                return f"{name}={found}, not {wanted.get(name)}"
+        return "" if self.config["epochs"] < config.epochs else None
+
+
+def portable(config: TrainConfig) -> dict[str, Any]:
+    """A configuration as it is kept in a cell: plain JSON, without paths of this machine."""
+    values = dataclasses.asdict(config)
+    del values["cache_dir"]
+    values["data"] = None if config.data is None else config.data.name
+    return json.loads(json.dumps(values))
+
+
+def cell_path(results_dir: Path, experiment: str, family: Family, seed: int) -> Path:
+    """Where a cell is kept."""
+    return results_dir / experiment / f"{family.name}-seed{seed}.json"
+
+
+def read_family(results_dir: Path, experiment: str, family: Family) -> list[Cell]:
+    """The cells of a family that are there, by seed."""
+    pattern = f"{family.name}-seed*.json"
+    return sorted(map(Cell.read, (results_dir / experiment).glob(pattern)), key=lambda cell: cell.seed)
+
+
+def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in metrics.items()}

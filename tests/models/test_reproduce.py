@@ -1,0 +1,520 @@
+import csv
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+import models.training.prepare
+from models import plots
+from models.__main__ import main
+from models.reproduce import Reproduce, runner
+from models.reproduce.cells import Cell, cell_path, portable
+from models.reproduce.report import write_report
+from models.reproduce.tables import METRICS, load_table, table_names
+from models.training import compare, loop
+from models.training.files import read_history, write_text
+from models.training.prepare import prepare
+
+REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
+PRESET = """
+model: sasrec
+embedding_dim: 8
+num_blocks: 1
+max_length: 6
+batch_size: 8
+epochs: 2
+eval_every: 1
+"""
+TABLE = """
+title: A tiny table
+description: Nothing to see.
+label: paper
+datasets:
+  tiny: {file: tiny.txt, public: {data: ml-100k}}
+arms: [adamw, sevo-adamw]
+rows:
+  - title: SASRec on tiny
+    dataset: tiny
+    preset: preset.yaml
+    published:
+      - arm: adamw
+        metrics: {HR@10: 0.5, NDCG@10: 0.3}
+      - arm: sevo-adamw
+        metrics: {NDCG@10: 0.33}
+        runs: [0.32, 0.34, 0.33]
+        losses: {1: [0.9, 1.0, 1.1], 2: [0.4, 0.5, 0.6]}
+  - title: SASRec with cross-entropy on tiny
+    dataset: tiny
+    preset: preset.yaml
+    settings: {loss: ce}
+    vary: {beta: [0.5, 0.9]}
+    published:
+      - label: someone else
+        metrics: {NDCG@10: 0.4}
+        deviation: 0.01
+        num_runs: 5
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a table, its preset and its data, to work in."""
+    lines = [f"{u} {' '.join(str(1 + (3 * u + i) % 20) for i in range(6))}\n" for u in range(1, 21)]
+    (tmp_path / "tiny.txt").write_text("".join(lines))
+    (tmp_path / "preset.yaml").write_text(PRESET)
+    (tmp_path / "tiny.yaml").write_text(TABLE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "training_curves", lambda runs, path, **_: path.write_text("drawn"))
+    return tmp_path
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Replaces training by invention; a list of what was 'trained'."""
+    calls = []
+
+    def train_seeds(prepared, config, optimizer, seeds, folders, *, resume):
+        assert resume
+        results = []
+        for seed, run in zip(seeds, folders, strict=True):
+            run.mkdir(parents=True, exist_ok=True)
+            results.append(invented(config, optimizer, seed))
+            history = [
+                {"epoch": i, "loss": 1 / i, "seconds": 1, "validation": results[-1].validation}
+                for i in range(1, config.epochs + 1)
+            ]
+            write_text(run / "history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+        calls.append((config.loss, config.beta, optimizer, *seeds))
+        return results
+
+    monkeypatch.setattr(loop, "train_seeds", train_seeds)
+    monkeypatch.setattr(models.training.prepare, "prepare", lambda interactions, config: None)
+    return calls
+
+
+def invented(config, optimizer, seed):
+    rng = np.random.default_rng([seed, len(optimizer), round(100 * config.beta)])
+    metrics = dict(zip(METRICS, rng.random(len(METRICS)), strict=True))
+    fields = {field.name: 0 for field in dataclasses.fields(loop.Result)}
+    fields |= {"optimizer": optimizer, "protocol": "guessed", "best_epoch": 2, "device": "cpu", "epoch_seconds": 3.0}
+    return loop.Result(**fields | {"validation": metrics, "test": metrics, "total_seconds": 90.0})
+
+
+def reproduce(**options):
+    Reproduce(**{"table": "tiny.yaml", "data_dir": Path(), "seeds": 2} | options).run()
+
+
+DRAW = plots.training_curves
+CELLS = [
+    *(f"tiny-sasrec-bce-{arm}-seed{seed}" for seed in (0, 1) for arm in ("adamw", "sevo-adamw")),
+    *(
+        f"tiny-sasrec-ce-{arm}-seed{seed}"
+        for seed in (0, 1)
+        for arm in ("adamw", "sevo-adamw-beta0.5", "sevo-adamw-beta0.9")
+    ),
+]
+
+
+def plan(**options):
+    everything = {"datasets": (), "models": (), "arms": (), "seeds": 1, "epochs": None}
+    folders = {"results_dir": Path("results"), "work_dir": Path("runs")}
+    return runner.plan(load_table("tiny.yaml"), **everything | folders | options)
+
+
+def cells():
+    return sorted(path.stem for path in Path("results/tiny").glob("*.json"))
+
+
+class TestRunner:
+    def test_fills_the_table_then_skips(self, folder, trained, capsys):
+        reproduce()
+        assert cells() == sorted(CELLS)
+        # Whole comparisons early: both arms of the first seed, then of the second.
+        assert trained[:4] == [("bce", 0.99, arm, seed) for seed in (0, 1) for arm in ("adamw", "sevo-adamw")]
+        assert "0 cells are done, 10 to train" in capsys.readouterr().out
+        reproduce()
+        assert len(trained) == 10
+        assert "10 cells are done, 0 to train" in capsys.readouterr().out
+        reproduce(seeds=3)
+        assert len(trained) == 15
+
+    def test_selections(self, folder, trained):
+        reproduce(datasets=("tiny",), models=("sasrec",), arms=("sevo-adamw",), seeds=1)
+        assert cells() == [
+            "tiny-sasrec-bce-sevo-adamw-seed0",
+            *sorted(x for x in CELLS if "-beta" in x and x[-1] == "0"),
+        ]
+
+    def test_goes_on_after_it_was_killed(self, folder, trained, monkeypatch):
+        working = loop.train_seeds
+
+        def killed(*arguments, **options):
+            if len(trained) == 3:
+                raise KeyboardInterrupt
+            return working(*arguments, **options)
+
+        monkeypatch.setattr(loop, "train_seeds", killed)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce()
+        assert cells() == sorted(CELLS[:3])
+        monkeypatch.setattr(loop, "train_seeds", working)
+        reproduce()
+        assert cells() == sorted(CELLS)
+        assert len(set(trained)) == len(trained) == 10
+
+    def test_refuses_cells_of_another_configuration(self, folder, trained):
+        reproduce()
+        (folder / "preset.yaml").write_text(PRESET + "learning_rate: 0.1\n")
+        with pytest.raises(
+            ValueError, match=r"adamw-seed0.json was made with learning_rate=0.001, not 0.1; .*delete it"
+        ):
+            reproduce()
+        reproduce(results_dir=Path("other"))
+        assert len(trained) == 20
+        assert len(list(Path("runs/reproduce/tiny").glob(f"{CELLS[0]}-*/"))) == 2  # neither goes on from the other
+
+    def test_fewer_epochs_are_trained_on_and_more_are_enough(self, folder, trained):
+        reproduce(epochs=1)
+        assert Cell.read(Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")).epochs == 1
+        reproduce()
+        assert Cell.read(Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")).epochs == 2
+        reproduce(epochs=1)
+        assert len(trained) == 20
+
+    def test_a_schedule_ends_with_the_epochs(self, folder, trained):
+        (folder / "preset.yaml").write_text(PRESET + "schedule: cosine\n")
+        reproduce(epochs=1)
+        with pytest.raises(ValueError, match="was made with epochs=1, not 2"):
+            reproduce()
+
+    def test_leaves_alone_what_another_process_trains(self, folder, trained):
+        (job, *_), _ = plan(data_dir=Path(), work_dir=Path("runs/reproduce"))
+        with runner._claim(job.folder) as mine:
+            assert mine
+            reproduce()
+        assert cells() == sorted(CELLS[1:])
+        reproduce()
+        assert cells() == sorted(CELLS)
+        assert len(trained) == 10
+
+    def test_takes_what_another_process_has_finished(self, folder, trained, monkeypatch):
+        reproduce(results_dir=Path("theirs"), arms=("adamw",))
+        working = loop.train_seeds
+
+        def overtaken(*arguments, **options):
+            done = working(*arguments, **options)
+            Path("results").mkdir(exist_ok=True)
+            if not Path("results/tiny").exists():
+                Path("theirs/tiny").rename("results/tiny")
+            return done
+
+        monkeypatch.setattr(loop, "train_seeds", overtaken)
+        reproduce(arms=("adamw",))
+        assert len(trained) == 4 + 1
+
+    def test_an_accelerator_trains_the_seeds_together(self, folder, trained, monkeypatch):
+        monkeypatch.setattr(compare, "seeds_at_once", lambda count: count)
+        reproduce()
+        assert cells() == sorted(CELLS)
+        assert trained[0] == ("bce", 0.99, "adamw", 0, 1)
+        assert len(trained) == 5
+        cell = Cell.read(Path("results/tiny") / f"{CELLS[0]}.json")
+        assert (cell.epoch_seconds, cell.total_seconds) == (1.5, 45.0)
+
+    def test_a_diverged_run_does_not_stop_the_others(self, folder, trained, monkeypatch, capsys):
+        working = loop.train_seeds
+
+        def diverging(prepared, config, optimizer, seeds, *arguments, **options):
+            if (config.loss, optimizer) == ("ce", "adamw"):
+                raise loop.DivergedError("the loss is nan")
+            return working(prepared, config, optimizer, seeds, *arguments, **options)
+
+        monkeypatch.setattr(loop, "train_seeds", diverging)
+        with pytest.raises(ValueError, match="not finite in tiny-sasrec-ce-adamw"):
+            reproduce(seeds=1)
+        assert len(cells()) == 4
+        assert "the loss is nan" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"data_dir": Path("none")}, "data_dir: none/tiny.txt does not exist"),
+            ({"datasets": ("beauty",)}, "datasets must be among tiny in tiny, got beauty"),
+            ({"models": ("bert4rec",)}, "models must be among sasrec in tiny, got bert4rec"),
+            ({"arms": ("sevo-gradient",)}, "arms must be among adamw, sevo-adamw in tiny, got sevo-gradient"),
+            ({"seeds": 0}, "seeds must be at least 1, got 0"),
+            ({"epochs": 0}, "epochs must be at least 1, got 0"),
+            ({"workers": 0}, "workers must be at least 1, got 0"),
+            ({"table": "4"}, "table: 'table-4' does not exist; give one of cross-entropy, table-3"),
+            ({"report": True}, "results_dir: results holds no cells"),
+        ],
+    )
+    def test_bad_options(self, folder, options, message):
+        with pytest.raises(ValueError) as caught:
+            reproduce(**options)
+        assert message in str(caught.value)
+
+    def test_a_broken_cell(self, folder, trained):
+        reproduce(seeds=1)
+        Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json").write_text('{"seed": 0')
+        for report in (True, False):
+            with pytest.raises(ValueError, match=r"adamw-seed0.json holds no cell; delete it"):
+                reproduce(report=report)
+
+    def test_without_a_folder_public_data_are_fetched(self, folder):
+        jobs, done = plan(data_dir=None)
+        assert (len(jobs), done) == (5, 0)
+        assert jobs[0].config.data == Path("ml-100k")
+
+
+@pytest.fixture
+def one_row(folder):
+    """The table without its second row."""
+    (folder / "tiny.yaml").write_text(TABLE[: TABLE.rindex("  - title")])
+
+
+def test_real_training(folder, one_row):
+    """A cell holds what training alone gives, also after it was trained in two parts."""
+    reproduce(seeds=1, epochs=1, arms=("sevo-adamw",))
+    reproduce(seeds=1, arms=("sevo-adamw",))
+    family = load_table("tiny.yaml").rows[0].families[1]
+    config = family.config(data="tiny.txt")
+    direct = loop.train(prepare(config.load_interactions(), config), config, "sevo-adamw", folder / "direct")
+    cell = Cell.read(cell_path(Path("results"), "tiny", family, 0))
+    assert (cell.variant, cell.arm, cell.settings) == ("bce", "sevo-adamw", {})
+    assert cell.test == pytest.approx(direct.test, abs=1e-6)
+    assert cell.best_epoch == direct.best_epoch
+    assert [record["loss"] for record in cell.history] == pytest.approx(direct.losses, abs=1e-5)
+    history = read_history(folder / "direct" / "history.jsonl")
+    assert cell.history[1]["validation"]["NDCG@10"] == pytest.approx(history[1]["validation"]["NDCG@10"], abs=1e-6)
+    assert cell.config == portable(config)
+    assert cell.protocol == direct.protocol
+    assert set(cell.versions) == {"jax", "flax", "optax", "sevo_optax"}
+
+
+def test_workers_share_the_cells(one_row, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    reproduce(workers=2, arms=("sevo-adamw",))
+    assert cells() == ["tiny-sasrec-bce-sevo-adamw-seed0", "tiny-sasrec-bce-sevo-adamw-seed1"]
+
+
+def test_a_failing_worker(monkeypatch, capsys):
+    def fails(jobs):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(runner, "train", fails)
+    monkeypatch.setenv("TQDM_POSITION", "0")
+    with pytest.raises(SystemExit) as stop:
+        runner._worker([], 0, 1)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: no such luck\n"
+
+
+class TestReport:
+    @pytest.fixture
+    def results(self, folder, trained):
+        reproduce(seeds=3)
+        reproduce(seeds=4, arms=("adamw",))  # more seeds of one arm
+        return folder / "results"
+
+    @staticmethod
+    def lines(results, start):
+        text = (results / "README.md").read_text()
+        return [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(start)]
+
+    def test_numbers(self, results):
+        adamw, sevo = (
+            [invented(family.config(), family.arm, seed).test for seed in range(seeds)]
+            for family, seeds in zip(load_table("tiny.yaml").rows[0].families, (4, 3), strict=True)
+        )
+        ndcg = {name: [x["NDCG@10"] for x in tests] for name, tests in (("adamw", adamw), ("sevo", sevo))}
+        mean, sd = np.mean(ndcg["sevo"]), np.std(ndcg["sevo"], ddof=1)
+        theirs = [0.32, 0.34, 0.33]
+        error = np.sqrt(sd**2 / 3 + statistics.stdev(theirs) ** 2 / 3)
+        gain = mean / np.mean(ndcg["adamw"][:3]) - 1
+        p_value = scipy.stats.ttest_rel(ndcg["sevo"], ndcg["adamw"][:3]).pvalue
+
+        (base,) = self.lines(results, "| SASRec on tiny | adamw ")
+        plain, plain_sd = np.mean(ndcg["adamw"]), np.std(ndcg["adamw"], ddof=1)
+        assert base[2:6] == ["4", f"{plain:.4f} ± {plain_sd:.4f}", "0.3000", f"{plain - 0.3:+.4f}"]
+        assert base[6:8] == [f"{plain_sd / 2:.4f}", "yes" if abs(plain - 0.3) < plain_sd else "no"]
+        line = self.lines(results, "|  | sevo-adamw |")[0]
+        assert line[2:6] == ["3", f"{mean:.4f} ± {sd:.4f}", "0.3300 ± 0.0100", f"{mean - 0.33:+.4f}"]
+        assert line[6:8] == [f"{error:.4f}", "yes" if abs(mean - 0.33) < 2 * error else "no"]
+        assert line[8:] == [f"{gain:+.1%}", "+10.0%", f"{p_value:.2g}"]
+
+        (details,) = self.lines(results, "| sevo-adamw, ours |")
+        assert details[1:5] == [
+            f"{np.mean([x[m] for x in sevo]):.4f} ± {np.std([x[m] for x in sevo], ddof=1):.4f}" for m in METRICS[:4]
+        ]
+        assert details[6:] == [f"{mean:.4f}", "2", "2", "3.00", "1.5"]
+        assert self.lines(results, "| sevo-adamw, paper")[0][5] == "0.3300 ± 0.0100"
+        assert self.lines(results, "| sevo-adamw | 2 ") == [
+            ["sevo-adamw", "2", "0.500", "0.500", "0.400 – 0.600", "+0.0%"]
+        ]
+        assert self.lines(results, "| someone else")[0][5] == "0.4000 ± 0.0100"
+
+    def test_the_best_of_what_is_varied_is_chosen_on_validation(self, results):
+        families = load_table("tiny.yaml").rows[1].families[1:]
+        best = max(
+            families, key=lambda x: np.mean([invented(x.config(), x.arm, i).validation["NDCG@10"] for i in range(3)])
+        )
+        text = (results / "README.md").read_text()
+        assert f"**sevo-adamw (beta {best.settings['beta']})**" in text
+        assert text.count("**sevo-adamw") == 1
+
+    def test_comes_from_the_cells_alone_and_stays_the_same(self, results, monkeypatch):
+        before = (results / "README.md").read_bytes()
+        pictures = sorted(path.name for path in results.glob("*.png"))
+        assert pictures == ["tiny-tiny-sasrec-bce.png", "tiny-tiny-sasrec-ce.png"]
+        for path in [results / "README.md", *results.glob("*.png")]:
+            path.unlink()
+        reproduce(report=True, data_dir=None)
+        assert (results / "README.md").read_bytes() == before
+        assert sorted(path.name for path in results.glob("*.png")) == pictures
+        assert str(results).encode() not in before
+
+    def test_what_is_missing_or_short_is_said(self, folder, trained):
+        reproduce(seeds=1, epochs=1)
+        for name in ["bce-sevo-adamw", "ce-sevo-adamw-beta0.5"]:
+            Path(f"results/tiny/tiny-sasrec-{name}-seed0.json").unlink()
+        reproduce(seeds=1, arms=("adamw",))
+        reproduce(report=True)
+        text = Path("results/README.md").read_text()
+        assert "* SASRec on tiny: sevo-adamw\n* SASRec with cross-entropy on tiny: sevo-adamw (beta 0.5)\n" in text
+        assert "* SASRec on Beauty\n" in text
+        (line,) = self.lines(folder / "results", "|  | sevo-adamw (beta 0.9) † |")
+        assert line[-3:] == ["–", "–", "–"]  # one epoch is not compared with two
+        assert "| sevo-adamw (beta 0.9) †, ours |" in text
+
+    def test_pictures(self, results, monkeypatch):
+        for path in results.glob("*.png"):
+            path.unlink()
+        monkeypatch.setattr(plots, "training_curves", DRAW)
+        reproduce(report=True)
+        for name in ["bce", "ce"]:
+            assert (results / f"tiny-tiny-sasrec-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_notes(self, results):
+        (results / "tiny" / "notes.md").write_text("Smoothing is *good*.\n")
+        reproduce(report=True)
+        assert "Nothing to see.\n\nSmoothing is *good*.\n\n|" in (results / "README.md").read_text()
+
+    def test_one_published_run_lends_its_deviation(self, folder, trained):
+        reproduce(seeds=1)
+        line = self.lines(folder / "results", "|  | sevo-adamw |")[0]
+        assert line[6] == f"{np.sqrt(0.01**2 + 0.01**2 / 3):.4f}"
+        (base,) = self.lines(folder / "results", "| SASRec on tiny | adamw ")
+        assert base[6:] == ["–"] * 5
+
+
+@pytest.mark.parametrize("name", table_names())
+def test_tables_can_be_trained(name):
+    table = load_table(name)
+    paths = [cell_path(Path(), table.name, family, 0) for row in table.rows for family in row.families]
+    assert len(set(paths)) == len(paths) >= 7
+
+
+def test_the_published_figures():
+    if not REFERENCE.exists():
+        pytest.skip("the published figures are not beside this clone: table3.csv, sevo_runs.csv")
+    with (REFERENCE / "table3.csv").open() as file:
+        values = {(x["dataset"], x["model"], x["metric"]): x["value"] for x in csv.DictReader(file)}
+    with (REFERENCE / "sevo_runs.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    rows = load_table("3").rows
+    assert len(rows) == 8
+    for row in rows:
+        model = {"sasrec": "SASRec", "bert4rec": "BERT4Rec"}[row.config.model]
+        assert row.title.lower() == f"{model} on {row.dataset}".lower()
+        plain, sevo = row.published
+        for published, suffix in ((plain, ""), (sevo, "+SEvo")):
+            expected = {name: float(values[row.dataset, model + suffix, name]) for name in METRICS}
+            assert published.metrics == expected
+        assert (plain.arm, sevo.arm, plain.deviation, sevo.num_runs) == ("adamw", "sevo-adamw", None, 5)
+        mine = [run for run in runs if (run["model"], run["dataset"]) == (model, row.dataset)]
+        assert sevo.deviation == pytest.approx(np.std([float(run["NDCG@10"]) for run in mine], ddof=1))
+        assert row.config.epochs == int(mine[0]["epochs"])
+        assert list(sevo.losses) == [1, 10, 50, 100, 150, 200]
+        for epoch, losses in sevo.losses.items():
+            theirs = [float(run[f"loss@{epoch}"]) for run in mine]
+            assert losses == pytest.approx((min(theirs), statistics.fmean(theirs), max(theirs)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title: A tiny table", "name: A tiny table", "unknown entry 'name'; it may hold title, description"),
+        ("description: Nothing to see.", "", "tiny.yaml: description is missing"),
+        (
+            "arms: [adamw, sevo-adamw]",
+            "arms: [adam]",
+            "arms must be among adamw, sevo-adamw, sevo-gradient, got 'adam'",
+        ),
+        ("arms: [adamw, sevo-adamw]", "arms: adamw", "arms must be a list, got 'adamw'"),
+        (
+            "    dataset: tiny\n    preset",
+            "    dataset: big\n    preset",
+            "row 1: dataset must be one of tiny, got 'big'",
+        ),
+        ("preset: preset.yaml", "preset: sasrec", "preset: 'sasrec' does not exist; give one of bert4rec-beauty"),
+        ("{loss: ce}", "{los: ce}", "row 2: unknown field 'los'; did you mean 'loss'"),
+        ("{loss: ce}", "{dropout_rate: 2}", "row 2: dropout_rate must lie in [0, 1), got 2.0"),
+        ("{loss: ce}", "{}", "two rows are called tiny-sasrec-bce"),
+        ("[0.5, 0.9]", "0.5", "row 2: vary: beta must be a list of values, got 0.5"),
+        ("[0.5, 0.9]", "[0.5, x]", "row 2: vary: beta must be a number, got 'x'"),
+        ("- arm: sevo-adamw", "- arm: sevo", "row 1: published: arm must be among adamw"),
+        ("{file: tiny.txt,", "{path: tiny.txt,", "datasets: tiny: unknown entry 'path'"),
+        (TABLE, "rows: [", "is not YAML"),
+    ],
+)
+def test_bad_tables(folder, old, new, message):
+    (folder / "tiny.yaml").write_text(TABLE.replace(old, new))
+    with pytest.raises(ValueError) as caught:
+        load_table("tiny.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class TestCommandLine:
+    def test_trains_and_reports(self, folder, trained, capsys):
+        arguments = ["--table", "tiny.yaml", "--data-dir", ".", "--datasets", "tiny", "--seeds", "1"]
+        assert main(["reproduce", *arguments, "--models", "sasrec", "--arms", "adamw", "sevo-adamw"]) == 0
+        assert "results/README.md" in capsys.readouterr().out
+        assert main(["reproduce", "--table", "tiny.yaml", "--report"]) == 0
+        assert len(trained) == 5
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--table", "9"], "table: 'table-9' does not exist"),
+            (["--data-dir", "none"], "data_dir: none/beauty.txt does not exist"),
+            (["--models", "gru"], "gru"),
+            (["--seeds", "few"], "few"),
+            (["--report"], "holds no cells"),
+        ],
+    )
+    def test_errors_are_one_line_and_status_2(self, folder, capsys, arguments, message):
+        assert main(["reproduce", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+    def test_interrupt(self, folder, trained, monkeypatch, capsys):
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(loop, "train_seeds", interrupted)
+        assert main(["reproduce", "--table", "tiny.yaml", "--data-dir", "."]) == 130
+
+
+def test_write_report_needs_cells(tmp_path):
+    with pytest.raises(ValueError, match="holds no cells"):
+        write_report(tmp_path, [load_table("3")])
