@@ -128,6 +128,10 @@ class Cell:
         """How many epochs were trained."""
         return len(self.history)
 
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """Points (epoch, metric of the validation items)."""
+        return [(record["epoch"], record["validation"][metric]) for record in self.history if "validation" in record]
+
     def lacks(self, config: TrainConfig) -> str | None:
         """What keeps this cell from being the run of a configuration.
 

@@ -15,6 +15,7 @@ from models.training.files import write_text
 
 SELECTION = "NDCG@10"
 NONE = "–"
+MILESTONES = (10, 20, 40, 60, 100, 150, 200, 300, 400, 500)
 
 INTRODUCTION = """# Results
 
@@ -76,6 +77,18 @@ class Summary:
         """Mean of the best validation NDCG@10."""
         return statistics.fmean(cell.validation[SELECTION] for cell in self.cells)
 
+    def best_within(self, epochs: int) -> float:
+        """Mean of the best validation NDCG@10 of the first epochs; -inf: they were not evaluated."""
+        return statistics.fmean(
+            max((value for epoch, value in cell.curve(SELECTION) if epoch <= epochs), default=-math.inf)
+            for cell in self.cells
+        )
+
+    def validation_after(self, epoch: int) -> float | None:
+        """Mean validation NDCG@10 after an epoch; None: a seed was not evaluated then."""
+        values = [dict(cell.curve(SELECTION)).get(epoch) for cell in self.cells]
+        return None if None in values else statistics.fmean(values)
+
     def mean(self, metric: str = SELECTION) -> float:
         """Mean of a test metric."""
         return statistics.fmean(cell.test[metric] for cell in self.cells)
@@ -130,9 +143,10 @@ class RowReport:
         return next((x for x in self.summaries if x.family == wanted and x is not summary), None)
 
     def chosen(self, summary: Summary) -> bool:
-        """Whether a family is the best of several of its arm, on the validation items."""
+        """Whether a family is the best of several of its arm, on the validation items, in the epochs that all have."""
         same = [x for x in self.summaries if x.family.arm == summary.family.arm]
-        return len(same) > 1 and summary is max(same, key=lambda x: x.validation)
+        common = min(x.epochs for x in same)
+        return len(same) > 1 and summary is max(same, key=lambda x: x.best_within(common))
 
     def overview(self) -> list[list[str]]:
         """Lines of the table's overview."""
@@ -199,6 +213,19 @@ class RowReport:
                     lines.append([summary.label, str(epoch), f"{ours:.3f}", f"{mean:.3f}", spread, difference])
         return lines
 
+    def learning(self) -> list[list[str]]:
+        """Validation NDCG@10 on the way, a header line first: the curves in figures."""
+        columns = [
+            (str(epoch), [summary.validation_after(epoch) for summary in self.summaries]) for epoch in MILESTONES
+        ]
+        columns = [(epoch, values) for epoch, values in columns if any(value is not None for value in values)]
+        header = [f"validation {SELECTION} after epoch", *(epoch for epoch, _ in columns)]
+        lines = [
+            [summary.family.label, *(NONE if values[i] is None else f"{values[i]:.4f}" for _, values in columns)]
+            for i, summary in enumerate(self.summaries)
+        ]
+        return [header, *lines] if columns else []
+
     def draw(self, path: Path) -> None:
         """Draws the curves."""
         counts: dict[str, int] = {}
@@ -208,14 +235,7 @@ class RowReport:
             counts[arm] = counts.get(arm, -1) + 1
             seeds = f" ({len(summary.cells)} seeds)" if len(summary.cells) > 1 else ""
             losses = [[record["loss"] for record in cell.history] for cell in summary.cells]
-            validation = [
-                [
-                    (record["epoch"], record["validation"][SELECTION])
-                    for record in cell.history
-                    if "validation" in record
-                ]
-                for cell in summary.cells
-            ]
+            validation = [cell.curve(SELECTION) for cell in summary.cells]
             runs.append(plots.Seeds(summary.family.label + seeds, arm, counts[arm], losses, validation))
         published = {x.arm: x.losses for x in self.row.published if x.arm is not None and x.losses}
         plots.training_curves(runs, path, title=self.row.title, published=published)
@@ -225,6 +245,9 @@ class RowReport:
         header = ["optimizer", *METRICS, f"validation {SELECTION}", "best epoch", "epochs", "s/epoch", "minutes"]
         parts = [f"### {self.row.title}", f"![Validation NDCG@10 and training loss]({self.picture})"]
         parts.append(_markdown(header, self.details(), left=1))
+        learning = self.learning()
+        if learning:
+            parts.append(_markdown(learning[0], learning[1:], left=1))
         losses = self.losses()
         if losses:
             header = ["training loss", "epoch", "ours", "published mean", "published runs", "difference"]
@@ -280,7 +303,9 @@ def _section(table: Table, rows: Sequence[RowReport], results_dir: Path) -> str:
         header += ["gain, ours", "gain, published", "p, ours"]
         parts.append(_markdown(header, [line for row in trained for line in row.overview()], left=2))
         if any(row.chosen(summary) for row in trained for summary in row.summaries):
-            parts.append("**Bold**: the best of its optimizer on the validation items.")
+            parts.append(
+                "**Bold**: the best of its optimizer on the validation items, in the epochs that all of them have."
+            )
     missing = []
     for row in rows:
         if row.missing:

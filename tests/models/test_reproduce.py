@@ -369,6 +369,26 @@ class TestReport:
         assert f"**sevo-adamw (beta {best.settings['beta']})**" in text
         assert text.count("**sevo-adamw") == 1
 
+    def test_runs_of_different_length_are_compared_fairly(self, folder, trained):
+        """The longer run is better in the end, but not where both can be compared."""
+        reproduce(seeds=1)
+        for beta, curve in ((0.5, {10: 0.3, 20: 0.4}), (0.9, {10: 0.2, 20: 0.3, 40: 0.6})):
+            path = Path(f"results/tiny/tiny-sasrec-ce-sevo-adamw-beta{beta}-seed0.json")
+            history = [{"epoch": x, "loss": 1.0, "validation": {"NDCG@10": y}} for x, y in curve.items()]
+            config = Cell.read(path).config | {"epochs": max(curve)}
+            best = {"NDCG@10": max(curve.values())}
+            dataclasses.replace(Cell.read(path), history=history, config=config, validation=best).write(path)
+        reproduce(report=True)
+        text = Path("results/README.md").read_text()
+        assert text.count("**sevo-adamw") == text.count("**sevo-adamw (beta 0.5)**") == 1
+        header, _, *lines = text[text.index("| validation NDCG@10 after epoch") :].splitlines()[:5]
+        assert header == "| validation NDCG@10 after epoch | 10 | 20 | 40 |"
+        assert lines == [
+            "| adamw | – | – | – |",
+            "| sevo-adamw (beta 0.5) | 0.3000 | 0.4000 | – |",
+            "| sevo-adamw (beta 0.9) | 0.2000 | 0.3000 | 0.6000 |",
+        ]
+
     def test_comes_from_the_cells_alone_and_stays_the_same(self, results, monkeypatch):
         before = (results / "README.md").read_bytes()
         pictures = sorted(path.name for path in results.glob("*.png"))
