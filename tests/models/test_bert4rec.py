@@ -8,9 +8,7 @@ import scipy.special
 from flax import nnx
 
 from models.bert4rec import BERT4Rec
-from models.data import Interactions, UnseenItems, drifting_interests, pack
-from models.losses import binary_cross_entropy, cross_entropy
-from models.sasrec import SASRec
+from models.data import Interactions, drifting_interests, pack
 from models.training import loop
 from models.training.config import TrainConfig
 from models.training.evaluation import FullRanking
@@ -182,53 +180,6 @@ def test_the_mask_token_is_appended_to_recommend(interactions):
         candidates = sorted(set(range(1, NUM_ITEMS + 1)) - set(sequence.tolist()) - {targets[user]})
         assert ranks[user] == (scores[candidates] >= scores[targets[user]]).sum()
     assert [list(s) for s in BERT4Rec.queries(Interactions.from_sequences([[1, 2], [3]]))] == [[1, 2, 4], [3, 4]]
-
-
-def direct_cross_entropy(model, batch, hidden):
-    weight, bias = (np.asarray(x, np.float64) for x in model.output_layer())
-    targets = np.asarray(batch.targets)
-    scores = (np.asarray(hidden, np.float64)[targets > 0] @ weight.T + bias)[:, 1 : NUM_ITEMS + 1]
-    wanted = np.take_along_axis(scores, targets[targets > 0][:, None] - 1, axis=1)[:, 0]
-    return (scipy.special.logsumexp(scores, axis=1) - wanted).mean()
-
-
-@pytest.mark.parametrize("scores_at_once", [2**24, 700, 1])
-@pytest.mark.parametrize("kind", ["sasrec", "bert4rec", "tied"])
-def test_cross_entropy_is_the_formula(interactions, kind, scores_at_once):
-    if kind == "sasrec":
-        model = perturb(SASRec(NUM_ITEMS, max_length=MAX_LENGTH, embedding_dim=8, rngs=nnx.Rngs(0)))
-    else:
-        model = make_model(tie_output=kind == "tied")
-    batch = pack(interactions, max_length=MAX_LENGTH, batch_size=100, with_targets=model.predicts_next).batch(0)
-    unseen = UnseenItems.from_interactions(interactions)
-    key = jax.random.key(3)
-    seen = model.corrupt(batch, jax.random.fold_in(key, 2))
-    graphdef, params = nnx.split(model, nnx.Param)
-
-    def loss(params, scores_at_once):
-        model = nnx.merge(graphdef, params)
-        return cross_entropy(model, batch, unseen, key, deterministic=True, scores_at_once=scores_at_once)
-
-    value, grads = jax.value_and_grad(loss)(params, scores_at_once)
-    assert float(value) == pytest.approx(direct_cross_entropy(model, seen, model(seen)), rel=1e-5)
-    # In parts or whole, the derivative is the same.
-    whole = jax.grad(loss)(params, 2**24)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, whole)
-
-
-def test_binary_cross_entropy_of_the_output_layer(interactions):
-    model = make_model()
-    batch = pack(interactions, max_length=MAX_LENGTH, batch_size=100, with_targets=False).batch(0)
-    unseen = UnseenItems.from_interactions(interactions)
-    key = jax.random.key(3)
-    seen = model.corrupt(batch, jax.random.fold_in(key, 2))
-    negatives = np.asarray(unseen.sample(jax.random.split(key)[0], batch.users))
-    weight, bias = (np.asarray(x, np.float64) for x in model.output_layer())
-    hidden, targets = np.asarray(model(seen), np.float64), np.asarray(seen.targets)
-    score = lambda items: (hidden * weight[items]).sum(-1) + bias[items]  # noqa: E731
-    losses = np.log1p(np.exp(-score(targets))) + np.log1p(np.exp(score(negatives)))
-    got = binary_cross_entropy(model, batch, unseen, key, deterministic=True)
-    assert float(got) == pytest.approx(losses[targets > 0].mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("optimizer", "options"), [("sevo-adamw", {}), ("sevo-gradient", {"tie_output": True})])

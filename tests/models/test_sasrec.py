@@ -6,9 +6,8 @@ import scipy.stats
 from flax import nnx
 
 from models import layers
-from models.data import Batch, UnseenItems, drifting_interests, pack
+from models.data import Batch, drifting_interests, pack
 from models.layers import Attention, Dropout, random_words
-from models.losses import binary_cross_entropy
 from models.sasrec import SASRec
 
 MAX_LENGTH = 9
@@ -173,25 +172,6 @@ def test_initialisation_is_the_published_one():
     check(block.feed_forward_in.kernel[...], d**-0.5 / np.sqrt(3), d**-0.5)
     assert not np.any(block.attention.key.bias[...])
     assert np.abs(block.feed_forward_out.bias[...]).max() > 0.1
-
-
-def test_loss_is_the_formula(interactions):
-    model = make_model()
-    batch = pack(interactions, max_length=MAX_LENGTH, batch_size=100).batch(0)
-    unseen = UnseenItems.from_interactions(interactions)
-    key = jax.random.key(3)
-    got = binary_cross_entropy(model, batch, unseen, key, deterministic=True)
-
-    negatives = np.asarray(unseen.sample(jax.random.split(key)[0], batch.users))
-    table, hidden = np.asarray(model.output_layer()[0], np.float64), np.asarray(model(batch), np.float64)
-    here = np.asarray(batch.targets) > 0
-    positive = (hidden * table[np.asarray(batch.targets)]).sum(-1)[here]
-    negative = (hidden * table[negatives]).sum(-1)[here]
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
-    expected = -np.log(sigmoid(positive)).mean() - np.log(1 - sigmoid(negative)).mean()
-    assert float(got) == pytest.approx(expected, rel=1e-5)
-    for token, user in zip(negatives[here], np.asarray(batch.users)[here], strict=True):
-        assert token not in list(interactions)[user]
 
 
 def test_dropout():
