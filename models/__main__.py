@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import operator
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import tyro
 from models.commands import Evaluate, Export, Recommend, load_and_describe
 from models.reproduce import Reproduce
 from models.training.config import Optimizer, SourceConfig, TrainConfig
+from models.training.files import make_folder
 
 if TYPE_CHECKING:
     from models.training.prepare import Prepared
@@ -125,7 +125,7 @@ class Graph(SourceConfig):
         """Builds the graph, and prints its summary and where the pictures are."""
         from models import graphs
 
-        _make_folder(self.output_dir)
+        make_folder("output_dir", self.output_dir)
         interactions = load_and_describe(self)
         if self.part == "train" and self.attributes is None:
             interactions = self.split_interactions(interactions).train
@@ -163,21 +163,11 @@ def _config(command: TrainConfig) -> TrainConfig:
     return TrainConfig(**{field.name: getattr(command, field.name) for field in fields}).resolved()
 
 
-def _make_folder(output_dir: Path) -> None:
-    """Makes the output folder, or fails before anything else is done."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir: {output_dir} cannot be made ({error.strerror}); give another folder") from None
-    if not os.access(output_dir, os.W_OK):
-        raise ValueError(f"output_dir: {output_dir} cannot be written to; give another folder")
-
-
 def _prepare(config: TrainConfig, output_dir: Path) -> "Prepared":
     """Checks everything that can be checked before training, and says what is trained on."""
     from models.training.prepare import prepare
 
-    _make_folder(output_dir)
+    make_folder("output_dir", output_dir)
     prepared = prepare(load_and_describe(config), config)
     print(f"graph: {prepared.adjacency.nse:,} entries between {prepared.adjacency.shape[0]:,} nodes", flush=True)
     return prepared

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -14,8 +13,8 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from models.training.config import DataFormat, Duplicates, SourceConfig, SplitMethod, TrainConfig
-from models.training.files import write_bytes, write_json, write_text
+from models.training.config import Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
+from models.training.files import make_folder, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from models.data import Interactions
@@ -28,22 +27,6 @@ SHOWN = 5
 LEAST_TO_SPLIT = 3
 # A user, if there are several, and what to recommend.
 Found = tuple[Any, "Recommendation"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How a file of interactions is read."""
-
-    data_format: DataFormat = "auto"
-    """inter: RecBole. dat: MovieLens. json: an object a line. s3rec: 'user item item …' a line. auto: by the suffix."""
-    user_column: str | None = None
-    """Column of the users' ids (left out: one with a usual name; without a header 1)."""
-    item_column: str | None = None
-    """Column of the items' ids (left out: one with a usual name; without a header 2)."""
-    time_column: str | None = None
-    """Column of the times; none: order of the file (left out: a usual name, if there is one; without a header 4)."""
-    header: bool = True
-    """Whether the first line of a csv or tsv names the columns; if not, they are called 1, 2, 3 …."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +53,7 @@ class Recommend:
     """Its column of titles."""
     output: Path | None = None
     """A .csv (one line an item) or .jsonl (one line a user) to write (left out: a table is printed)."""
-    reading: tyro.conf.OmitArgPrefixes[Reading] = dataclasses.field(default_factory=Reading)
+    reading: tyro.conf.OmitArgPrefixes[ReadingConfig] = dataclasses.field(default_factory=ReadingConfig)
     """How the file of histories is read."""
 
     def run(self) -> None:
@@ -146,7 +129,7 @@ class Evaluate:
     """A .csv to write the rank of every test user's item to."""
     output: Path | None = None
     """A .json to write the result to."""
-    reading: tyro.conf.OmitArgPrefixes[Reading] = dataclasses.field(default_factory=Reading)
+    reading: tyro.conf.OmitArgPrefixes[ReadingConfig] = dataclasses.field(default_factory=ReadingConfig)
     """How the data are read (left out: as in the run, unless --data is given)."""
 
     def run(self) -> None:
@@ -198,7 +181,7 @@ class Evaluate:
 
     def _config(self, config: TrainConfig) -> TrainConfig:
         """The run's configuration with what this command's options say otherwise."""
-        usual = dataclasses.asdict(Reading())
+        usual = dataclasses.asdict(ReadingConfig())
         reading = {} if self.data is None else usual
         reading |= {name: value for name, value in dataclasses.asdict(self.reading).items() if value != usual[name]}
         names = ("data", "cache_dir", "duplicates", "min_user_interactions", "min_item_interactions", "ks")
@@ -378,10 +361,6 @@ def _make_parent(option: str, path: Path | None) -> None:
     """Makes the folder of a file to write, or fails before anything else is done."""
     if path is None:
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{option}: {path.parent} cannot be made ({error.strerror}); give another file") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        what = "is a folder" if path.is_dir() else "cannot be written"
-        raise ValueError(f"{option}: {path} {what}; give another file")
+    make_folder(option, path.parent)
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder; give a file")

@@ -44,11 +44,9 @@ PUBLISHED: dict[Model, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceConfig:
-    """Which interactions to read, how to filter and how to split them."""
+class ReadingConfig:
+    """How a file of interactions is read."""
 
-    data: Path | None = None
-    """A file, or ml-100k, ml-1m, amazon-beauty, amazon-toys or amazon-tools; left out: an embedded generator."""
     data_format: DataFormat = "auto"
     """inter: RecBole. dat: MovieLens. json: an object a line. s3rec: 'user item item …' a line. auto: by the suffix."""
     user_column: str | None = None
@@ -59,6 +57,14 @@ class SourceConfig:
     """Column of the times; none: order of the file (left out: a usual name, if there is one; without a header 4)."""
     header: bool = True
     """Whether the first line of a csv or tsv names the columns; if not, they are called 1, 2, 3 …."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig(ReadingConfig):
+    """Which interactions to read, how to filter and how to split them."""
+
+    data: Path | None = None
+    """A file, or ml-100k, ml-1m, amazon-beauty, amazon-toys or amazon-tools; left out: an embedded generator."""
     duplicates: Duplicates = "all"
     """Which interactions of the same user and item stay; exact: one of those at the very same time."""
     min_user_interactions: int = 0
@@ -78,13 +84,10 @@ class SourceConfig:
         """Reads and filters the interactions, see :func:`models.data.load`."""
         from models.data import load
 
+        reading = {field.name: getattr(self, field.name) for field in dataclasses.fields(ReadingConfig)}
         return load(
             self.data,
-            data_format=self.data_format,
-            user_column=self.user_column,
-            item_column=self.item_column,
-            time_column=self.time_column,
-            header=self.header,
+            **reading,
             duplicates=self.duplicates,
             min_user_interactions=self.min_user_interactions,
             min_item_interactions=self.min_item_interactions,

@@ -31,3 +31,17 @@ def write_json(path: Path, value: Any) -> None:
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Reads the records of a ``history.jsonl``."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Makes the folder that an option names, so that what cannot be written fails before anything else is done.
+
+    Raises:
+      ValueError: if it cannot be made or written to; it names the option.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option}: {folder} cannot be made ({error.strerror}); give another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{option}: {folder} cannot be written to; give another folder")
