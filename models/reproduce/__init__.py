@@ -30,8 +30,9 @@ class Reproduce:
     """How many seeds: 0, 1, …."""
     epochs: int | None = None
     """Stop so early; asked for more, a run goes on later (left out: as published)."""
-    workers: int = 1
-    """Processes that train side by side, each on its share of the cores; for CPUs."""
+    workers: int | None = None
+    """Processes that train side by side, each on its share of the cores (left out: on a CPU one a core, if there are
+    2 GiB of memory for each; on an accelerator one)."""
     report: bool = False
     """Write tables and pictures from the cells that are there, and train nothing."""
     results_dir: Path = Path("results")
@@ -56,7 +57,7 @@ class Reproduce:
     def _train(self, table: "Table") -> None:
         from models.reproduce import runner
 
-        if self.workers < 1:
+        if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
         jobs, done = runner.plan(
             table,
@@ -70,7 +71,8 @@ class Reproduce:
             work_dir=self.work_dir,
         )
         print(f"{table.title}: {done} cells are done, {len(jobs)} to train", flush=True)
-        if self.workers > 1 and len(jobs) > 1:
-            runner.train_side_by_side(jobs, min(self.workers, len(jobs)))
+        workers = min(runner.usual_workers() if self.workers is None else self.workers, len(jobs))
+        if workers > 1:
+            runner.train_side_by_side(jobs, workers)
         elif jobs:
             runner.train(jobs)

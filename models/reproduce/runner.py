@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from models.training.prepare import Prepared
     from models.training.run import Result
 
+BYTES_A_WORKER = 2 * 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -203,6 +205,19 @@ def _write_cell(job: Job, result: "Result", *, seeds_together: int) -> None:
     print(f"{job.path}: NDCG@10 {cell.test['NDCG@10']:.4f} at epoch {cell.best_epoch}", flush=True)
 
 
+def usual_workers() -> int:
+    """How many processes make the best use of this machine.
+
+    A model of this size does not fill several cores: two runs on a core each end before two on both, one by one.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return 1
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(_num_cores(), memory // BYTES_A_WORKER))
+
+
 def train_side_by_side(jobs: Sequence[Job], workers: int) -> None:
     """Trains in several processes, each on its share of the cores.
 
@@ -263,5 +278,10 @@ def _device(kind: str) -> str:
     """The device's name; for a CPU, with the number of cores that this process may use."""
     if kind != "cpu":
         return kind
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = _num_cores()
     return f"CPU, {cores} core{'s' if cores != 1 else ''}"
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def invented(config, optimizer, seed):
 
 
 def reproduce(**options):
-    Reproduce(**{"table": "tiny.yaml", "data_dir": Path(), "seeds": 2} | options).run()
+    Reproduce(**{"table": "tiny.yaml", "data_dir": Path(), "seeds": 2, "workers": 1} | options).run()
 
 
 DRAW = plots.training_curves
@@ -302,6 +303,27 @@ def test_workers_share_the_cells(one_row, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     reproduce(workers=2, arms=("sevo-adamw",))
     assert cells() == ["tiny-sasrec-bce-sevo-adamw-seed0", "tiny-sasrec-bce-sevo-adamw-seed1"]
+
+
+def test_as_many_workers_as_the_machine_has_room_for(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runner, "train_side_by_side", lambda jobs, workers: asked.append((len(jobs), workers)))
+    monkeypatch.setattr(runner, "train", lambda jobs: asked.append((len(jobs), 1)))
+    monkeypatch.setattr("models.reproduce.report.write_report", lambda *_: [])
+    for cores, gibibytes, backend, expected in [
+        (4, 64, "cpu", 4),
+        (4, 5, "cpu", 2),
+        (4, 1, "cpu", 1),
+        (64, 512, "cpu", 10),  # no more than there are cells
+        (64, 512, "gpu", 1),
+    ]:
+        pages = {"SC_PHYS_PAGES": gibibytes * 2**18, "SC_PAGE_SIZE": 2**12}
+        monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        reproduce(workers=None)
+        assert asked.pop() == (10, expected)
+    assert not asked
 
 
 def test_a_failing_worker(monkeypatch, capsys):
@@ -504,8 +526,19 @@ def test_bad_tables(folder, old, new, message):
 
 class TestCommandLine:
     def test_trains_and_reports(self, folder, trained, capsys):
-        arguments = ["--table", "tiny.yaml", "--data-dir", ".", "--datasets", "tiny", "--seeds", "1"]
-        assert main(["reproduce", *arguments, "--models", "sasrec", "--arms", "adamw", "sevo-adamw"]) == 0
+        arguments = [
+            "--table",
+            "tiny.yaml",
+            "--data-dir",
+            ".",
+            "--datasets",
+            "tiny",
+            "--models",
+            "sasrec",
+            "--seeds",
+            "1",
+        ]
+        assert main(["reproduce", *arguments, "--arms", "adamw", "sevo-adamw", "--workers", "1"]) == 0
         assert "results/README.md" in capsys.readouterr().out
         assert main(["reproduce", "--table", "tiny.yaml", "--report"]) == 0
         assert len(trained) == 5
@@ -532,7 +565,7 @@ class TestCommandLine:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(loop, "train_seeds", interrupted)
-        assert main(["reproduce", "--table", "tiny.yaml", "--data-dir", "."]) == 130
+        assert main(["reproduce", "--table", "tiny.yaml", "--data-dir", ".", "--workers", "1"]) == 130
 
 
 def test_write_report_needs_cells(tmp_path):
