@@ -265,7 +265,7 @@ def gbce(
       Petrov and Macdonald, `gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative
       Sampling <https://arxiv.org/abs/2308.07192>`_, 2023
     """
-    alpha = min(1.0, num_negatives / (unseen.num_items - 1))
+    alpha = min(1.0, num_negatives / max(1, unseen.num_items - 1))
     beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
 
     def loss(positive: jax.Array, negative: jax.Array, drawn: jax.Array) -> jax.Array:

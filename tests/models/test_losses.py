@@ -11,7 +11,7 @@ from flax import nnx
 
 from models import losses
 from models.bert4rec import BERT4Rec
-from models.data import Batch, UnseenItems, drifting_interests, pack
+from models.data import Batch, Interactions, UnseenItems, drifting_interests, pack
 from models.losses import binary_cross_entropy, bpr, cross_entropy, gbce, make_loss, sampled_softmax
 from models.sasrec import SASRec
 from models.training.config import Loss, ModelConfig
@@ -237,6 +237,18 @@ def test_the_corrected_sample_estimates_the_whole_softmax(interactions, power):
     sample = partial(sampled_softmax, model, batch, unseen, KEY, num_negatives=100_000)
     assert float(sample()) == pytest.approx(whole, abs=0.01)
     assert float(sample(logq_correction=False)) > whole + 1
+
+
+@pytest.mark.parametrize("loss", [sampled_softmax, gbce])
+def test_one_item_has_nothing_to_compete_with(loss):
+    model, batch = fixed([1, 1])
+    unseen = UnseenItems.from_interactions(Interactions.from_sequences([[1, 1]]), drawn=False)
+    value, gradient = value_and_gradient(loss, model, batch, unseen, num_negatives=4)
+    positive = np.asarray(model.hidden[...]) @ np.asarray(model.table[...])[1]
+    # The softmax of one item is 1; what is left of gBCE is the target's part.
+    expected = 0.0 if loss is sampled_softmax else np.mean(softplus(-positive)) / 5
+    assert float(value) == pytest.approx(expected, abs=1e-6)
+    assert all(np.isfinite(x).all() for x in gradient.values())
 
 
 class TestGbce:
