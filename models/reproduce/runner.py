@@ -208,7 +208,8 @@ def _write_cell(job: Job, result: "Result", *, seeds_together: int) -> None:
 def usual_workers() -> int:
     """How many processes make the best use of this machine.
 
-    A model of this size does not fill several cores: two runs on a core each end before two on both, one by one.
+    Models of this size do not fill several cores: an epoch of SASRec with cross-entropy on Beauty took 5.5 s on two,
+    and 7.5 s on one of them with another run on the other.
     """
     import jax
 
