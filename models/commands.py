@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from models.training.config import Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
+from models.training.config import SELECTION, Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
 from models.training.files import make_folder, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
@@ -141,7 +141,6 @@ class Evaluate:
 
         from models.inference import evaluate, in_catalogue
         from models.training.checkpoints import fingerprint, load_run
-        from models.training.run import SELECTION
 
         run = load_run(self.checkpoint, self.which)
         config = self._config(run.info.config)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from models.reproduce.tables import METRICS, Family
 from models.training.config import TrainConfig
-from models.training.files import write_text
+from models.training.files import curve, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +128,10 @@ class Cell:
         """How many epochs were trained."""
         return len(self.history)
 
-    def curve(self, metric: str) -> list[tuple[int, float]]:
-        """Points (epoch, metric of the validation items)."""
-        return [(record["epoch"], record["validation"][metric]) for record in self.history if "validation" in record]
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """Points (epoch, validation NDCG@10)."""
+        return curve(self.history)
 
     def lacks(self, config: TrainConfig) -> str | None:
         """What keeps this cell from being the run of a configuration.
@@ -150,10 +151,10 @@ class Cell:
 
 def portable(config: TrainConfig) -> dict[str, Any]:
     """A configuration as it is kept in a cell: plain JSON, without paths of this machine."""
-    values = dataclasses.asdict(config)
+    values = config.to_dict()
     del values["cache_dir"]
     values["data"] = None if config.data is None else config.data.name
-    return json.loads(json.dumps(values))
+    return values
 
 
 def cell_path(results_dir: Path, experiment: str, family: Family, seed: int) -> Path:

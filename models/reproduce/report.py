@@ -11,9 +11,9 @@ from models import plots
 from models.reproduce.cells import Cell, read_family
 from models.reproduce.tables import METRICS, Family, Published, Row, Table
 from models.training.compare import Gain, gain
+from models.training.config import SELECTION
 from models.training.files import write_text
 
-SELECTION = "NDCG@10"
 NONE = "–"
 MILESTONES = (10, 20, 40, 60, 100, 150, 200, 300, 400, 500)
 
@@ -80,13 +80,12 @@ class Summary:
     def best_within(self, epochs: int) -> float:
         """Mean of the best validation NDCG@10 of the first epochs; -inf: they were not evaluated."""
         return statistics.fmean(
-            max((value for epoch, value in cell.curve(SELECTION) if epoch <= epochs), default=-math.inf)
-            for cell in self.cells
+            max((value for epoch, value in cell.curve if epoch <= epochs), default=-math.inf) for cell in self.cells
         )
 
     def validation_after(self, epoch: int) -> float | None:
         """Mean validation NDCG@10 after an epoch; None: a seed was not evaluated then."""
-        values = [dict(cell.curve(SELECTION)).get(epoch) for cell in self.cells]
+        values = [dict(cell.curve).get(epoch) for cell in self.cells]
         return None if None in values else statistics.fmean(values)
 
     def mean(self, metric: str = SELECTION) -> float:
@@ -235,7 +234,7 @@ class RowReport:
             counts[arm] = counts.get(arm, -1) + 1
             seeds = f" ({len(summary.cells)} seeds)" if len(summary.cells) > 1 else ""
             losses = [[record["loss"] for record in cell.history] for cell in summary.cells]
-            validation = [cell.curve(SELECTION) for cell in summary.cells]
+            validation = [cell.curve for cell in summary.cells]
             runs.append(plots.Seeds(summary.family.label + seeds, arm, counts[arm], losses, validation))
         published = {x.arm: x.losses for x in self.row.published if x.arm is not None and x.losses}
         plots.training_curves(runs, path, title=self.row.title, published=published)

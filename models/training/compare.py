@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from models.training.config import OPTIMIZERS, Optimizer, TrainConfig
-from models.training.files import read_history, write_json
+from models.training.config import OPTIMIZERS, SELECTION, Optimizer, TrainConfig
+from models.training.files import curve, read_history, write_json
 from models.training.loop import train_seeds
 from models.training.prepare import Prepared
-from models.training.run import SELECTION, Result, curve
+from models.training.run import Result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,9 @@ Optimizer = Literal["adamw", "sevo-adamw", "sevo-gradient"]
 DataFormat = Literal["auto", "csv", "tsv", "parquet", "inter", "dat", "json", "s3rec"]
 Duplicates = Literal["all", "exact", "first", "last"]
 SplitMethod = Literal["leave-one-out", "global-time"]
+# The metric of the validation items by which the best epoch is chosen.
+SELECTION_K = 10
+SELECTION = f"NDCG@{SELECTION_K}"
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 # What differs between the models in the paper's settings for Beauty; a field that is None takes its value from here.

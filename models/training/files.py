@@ -2,9 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from models.training.config import SELECTION
 
 
 def write_bytes(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -31,6 +33,11 @@ def write_json(path: Path, value: Any) -> None:
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Reads the records of a ``history.jsonl``."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def curve(history: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Points (epoch, validation NDCG@10) of a history."""
+    return [(record["epoch"], record["validation"][SELECTION]) for record in history if "validation" in record]
 
 
 def make_folder(option: str, folder: Path) -> None:

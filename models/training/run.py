@@ -7,20 +7,17 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from models.training.config import Optimizer, TrainConfig
-from models.training.files import write_json, write_text
+from models.training.config import SELECTION, Optimizer, TrainConfig
+from models.training.files import curve, write_json, write_text
 from models.training.prepare import Prepared
 from models.training.program import Program
-
-SELECTION_K = 10
-SELECTION = f"NDCG@{SELECTION_K}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,11 +216,6 @@ def protocol(prepared: Prepared) -> str:
     return (
         f"{prepared.split.protocol}, {prepared.test.protocol}; tested at the epoch with the best validation {SELECTION}"
     )
-
-
-def curve(history: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Points (epoch, validation NDCG@10) of a history."""
-    return [(record["epoch"], record["validation"][SELECTION]) for record in history if "validation" in record]
 
 
 def peak_memory() -> int:
