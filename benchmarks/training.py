@@ -24,7 +24,7 @@ from models.compilation import jit
 from models.data import load
 from models.losses import make_loss
 from models.registry import make_model
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 from models.training.optimizers import make_optimizer
 from models.training.prepare import prepare
 from models.training.program import make_epoch

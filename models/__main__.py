@@ -15,7 +15,7 @@ import tyro
 
 from models.commands import Evaluate, Export, Recommend, load_and_describe
 from models.reproduce import Reproduce
-from models.training.config import Optimizer, SourceConfig, TrainConfig
+from models.config import Optimizer, SourceConfig, TrainConfig
 from models.training.files import make_folder
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from models.training.config import SELECTION, Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
+from models.config import SELECTION, Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
 from models.training.files import make_folder, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:

@@ -9,11 +9,10 @@ from models.data.interactions import item_numbers as item_numbers
 from models.data.named import NAMED as NAMED
 from models.data.named import fetch_named as fetch_named
 from models.data.negatives import UnseenItems as UnseenItems
-from models.data.packing import Batch as Batch
-from models.data.packing import PackedSequences as PackedSequences
-from models.data.packing import pack as pack
 from models.data.readers import load as load
 from models.data.readers import read_sequences as read_sequences
+from models.data.source import load_interactions as load_interactions
+from models.data.source import split_interactions as split_interactions
 from models.data.splits import Split as Split
 from models.data.splits import global_time as global_time
 from models.data.splits import leave_one_out as leave_one_out

@@ -5,8 +5,8 @@ from typing import get_args
 
 import numpy as np
 
+from models.config import Duplicates
 from models.data.interactions import Interactions
-from models.training.config import Duplicates
 
 
 def drop_duplicates(interactions: Interactions, keep: Duplicates = "all") -> Interactions:

@@ -6,12 +6,12 @@ from typing import get_args
 
 import numpy as np
 
+from models.config import DataFormat, Duplicates
 from models.data.filters import drop_duplicates, k_core
 from models.data.interactions import Interactions
 from models.data.named import NAMED, fetch_named
 from models.data.synthetic import drifting_interests
 from models.data.tables import TableFormat, read_bytes, read_table
-from models.training.config import DataFormat, Duplicates
 
 # Suffix (before .gz) -> format.
 SUFFIXES: dict[str, DataFormat] = {

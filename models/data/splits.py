@@ -7,8 +7,8 @@ from typing import get_args
 
 import numpy as np
 
+from models.config import SplitMethod
 from models.data.interactions import Interactions
-from models.training.config import SplitMethod
 
 A_MOMENT = "a number or a date such as 2001-12-31"
 

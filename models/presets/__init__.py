@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 
 FOLDER = Path(__file__).parent
 

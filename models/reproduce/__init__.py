@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.training.config import Model, Optimizer
+from models.config import Model, Optimizer
 
 if TYPE_CHECKING:
     from models.reproduce.tables import Table

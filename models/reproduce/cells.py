@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from models.reproduce.tables import METRICS, Family
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 from models.training.files import curve, write_text
 
 

@@ -11,7 +11,7 @@ from models import plots
 from models.reproduce.cells import Cell, read_family
 from models.reproduce.tables import METRICS, Family, Published, Row, Table
 from models.training.compare import Gain, gain
-from models.training.config import SELECTION
+from models.config import SELECTION
 from models.training.files import write_text
 
 NONE = "–"

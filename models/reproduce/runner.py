@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from models.reproduce.cells import Cell, cell_path, portable
 from models.reproduce.tables import Family, Table
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 from models.training.files import read_history
 
 if TYPE_CHECKING:

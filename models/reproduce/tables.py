@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from models.presets import checked_fields, find, load_preset, read_yaml
-from models.training.config import Optimizer, TrainConfig
+from models.config import Optimizer, TrainConfig
 
 FOLDER = Path(__file__).parent / "tables"
 METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from models.data import Interactions
 from models.registry import make_model
 from models.sequence_model import SequenceModel
-from models.training.config import Optimizer, TrainConfig
+from models.config import Optimizer, TrainConfig
 from models.training.files import write_bytes, write_json
 from sevo_optax import with_graphs, without_graphs
 

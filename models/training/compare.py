@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from models.training.config import OPTIMIZERS, SELECTION, Optimizer, TrainConfig
+from models.config import OPTIMIZERS, SELECTION, Optimizer, TrainConfig
 from models.training.files import curve, read_history, write_json
 from models.training.loop import train_seeds
 from models.training.prepare import Prepared

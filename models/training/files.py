@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from models.training.config import SELECTION
+from models.config import SELECTION
 
 
 def write_bytes(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

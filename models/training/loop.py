@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from models import metrics
-from models.training.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
+from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
 from models.training.prepare import Prepared
 from models.training.program import Program
 from models.training.run import Result, Run

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from models.training.config import Optimizer, OptimizerConfig
+from models.config import Optimizer, OptimizerConfig
 from sevo_optax import adamw_corrected, scale_by_adam_corrected, sevo
 
 Stages = dict[str, optax.GradientTransformationExtraArgs]

@@ -7,7 +7,7 @@ from typing import Any
 from models.data import Interactions, Split, UnseenItems, pack
 from models.graphs import item_cooccurrence
 from models.registry import MODELS
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 from models.training.evaluation import FullRanking
 
 # The losses that draw items a user has not interacted with.

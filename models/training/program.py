@@ -13,7 +13,7 @@ from models.compilation import jit
 from models.data import UnseenItems
 from models.losses import LossFn, make_loss
 from models.registry import make_model
-from models.training.config import Optimizer, TrainConfig
+from models.config import Optimizer, TrainConfig
 from models.training.evaluation import FullRanking, make_test
 from models.training.optimizers import Stages, make_schedule, make_stages
 from models.training.prepare import Prepared

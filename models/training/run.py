@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.training.config import SELECTION, Optimizer, TrainConfig
+from models.config import SELECTION, Optimizer, TrainConfig
 from models.training.files import curve, write_json, write_text
 from models.training.prepare import Prepared
 from models.training.program import Program

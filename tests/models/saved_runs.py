@@ -10,7 +10,7 @@ from flax import nnx
 from models.data import drifting_interests
 from models.registry import make_model
 from models.training.checkpoints import Checkpoint, Checkpoints, RunInfo, fingerprint, flatten
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 
 CONFIG = TrainConfig(max_length=12, embedding_dim=8, num_blocks=1, eval_every=1, epochs=2, batch_size=20)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from models.bert4rec import BERT4Rec
 from models.data import Interactions, drifting_interests, pack
 from models.training import loop
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 from models.training.evaluation import FullRanking
 from models.training.prepare import prepare
 from tests.models.test_sasrec import MAX_LENGTH, alone, perturb

@@ -17,7 +17,7 @@ from flax import nnx
 from models.data import drifting_interests
 from models.training import checkpoints, loop
 from models.training.checkpoints import CheckpointError, Checkpoints, flatten, load_run
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 from models.training.files import read_history
 from models.training.prepare import prepare
 

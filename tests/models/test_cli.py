@@ -11,7 +11,7 @@ import pytest
 
 from models.__main__ import main
 from models.training import loop
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 from sevo_optax import graph
 
 SMALL = ["--epochs", "2", "--eval-every", "1", "--batch-size", "8", "--embedding-dim", "8", "--max-length", "6"]

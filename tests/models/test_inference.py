@@ -13,7 +13,7 @@ from models.data import Interactions, item_numbers, leave_one_out
 from models.inference import Recommender, evaluate, in_catalogue
 from models.training import loop
 from models.training.checkpoints import CheckpointError, load_run
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 from models.training.evaluation import FullRanking
 from models.training.prepare import prepare
 from tests.models.saved_runs import CONFIG, save_run, small_data

@@ -14,7 +14,7 @@ from models.bert4rec import BERT4Rec
 from models.data import Batch, Interactions, UnseenItems, drifting_interests, pack
 from models.losses import binary_cross_entropy, bpr, cross_entropy, gbce, make_loss, sampled_softmax
 from models.sasrec import SASRec
-from models.training.config import Loss, ModelConfig
+from models.config import Loss, ModelConfig
 from tests.models.test_sasrec import MAX_LENGTH, perturb
 
 NUM_ITEMS = 25

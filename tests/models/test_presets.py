@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from models import presets
-from models.training.config import TrainConfig
+from models.config import TrainConfig
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "sevo_hyperparameters.csv"
 NAMES = {

@@ -14,7 +14,7 @@ from models.data import Interactions, drifting_interests
 from models.losses import binary_cross_entropy, make_loss
 from models.registry import make_model
 from models.training import compare, loop
-from models.training.config import OPTIMIZERS, TrainConfig
+from models.config import OPTIMIZERS, TrainConfig
 from models.training.files import read_history, write_json
 from models.training.optimizers import make_optimizer, make_schedule, make_stages
 from models.training.prepare import prepare

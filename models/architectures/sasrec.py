@@ -1,13 +1,16 @@
 """SASRec: self-attention over a user's history, left to right."""
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.data.interactions import Interactions
-from models.data.packing import Batch
+from models.architectures.base import Encoded, SequenceRecommender, look_up
+from models.config import TransformerConfig
+from models.feeds import Batch
 from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys, stacked_xavier_uniform
 
 # The published initialisation: embeddings and the attention's output projection are xavier-normal, the feed-forward
@@ -18,6 +21,18 @@ fan_in_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 def _symmetric_uniform(bound: float) -> nnx.Initializer:
     return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+@dataclasses.dataclass(frozen=True)
+class SASRecConfig(TransformerConfig):
+    """SASRec's options, with the paper's settings for Amazon Beauty."""
+
+    model: str = "sasrec"
+    """Architecture."""
+    b2: float = 0.98
+    """Decay rate of the second moment."""
+    attend_padding: bool = True
+    """Whether attention also sees the blank places in front of a history, as the published code's does."""
 
 
 class Block(nnx.Module):
@@ -63,7 +78,7 @@ class Block(nnx.Module):
         return x + self.dropout(self.feed_forward_out(hidden), keys[2])
 
 
-class SASRec(nnx.Module):
+class SASRec(SequenceRecommender):
     """Self-attentive sequential recommendation, as trained in the SEvo paper.
 
     An item's score after a history is the inner product of its embedding and the encoded newest position.
@@ -84,9 +99,7 @@ class SASRec(nnx.Module):
       Kang and McAuley, `Self-Attentive Sequential Recommendation <https://arxiv.org/abs/1808.09781>`_, 2018
     """
 
-    predicts_next = True
-    num_special = 1
-    item_tables = ("item_embedding",)
+    config_class = SASRecConfig
 
     def __init__(
         self,
@@ -109,49 +122,16 @@ class SASRec(nnx.Module):
         self.norm = LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)
         self.dropout = Dropout(dropout_rate)
 
-    @staticmethod
-    def queries(history: Interactions) -> Interactions:
-        """The histories themselves: the newest item's encoding scores the next one."""
-        return history
-
-    def targets_at_most(self, num_tokens: int) -> int:
-        """Every token has a target."""
-        return num_tokens
-
-    def corrupt(self, batch: Batch, key: jax.Array) -> Batch:
-        """Nothing: the model learns from what it sees."""
-        del key
-        return batch
-
-    def embed(self, inputs: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Looks up inputs and candidates in one gather, so that the table's gradient is one scatter."""
-        both = self.item_embedding(jnp.concatenate([inputs[None], candidates]))
-        return both[0], both[1:], jnp.zeros(len(candidates), both.dtype)
-
-    def encode(self, embedded: jax.Array, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-        """Encodes packed histories whose items are embedded already.
-
-        Args:
-          embedded: shape (rows, row_length, embedding_dim), the rows of ``item_embedding`` for ``batch.inputs``.
-          batch: where the tokens stand; all but ``inputs`` and ``targets``.
-          key: random key for dropout; None: evaluation.
-
-        Returns:
-          Shape (rows, row_length, embedding_dim): at each token, what predicts the next one.
-        """
+    def encode(
+        self, batch: Batch, represented: Any = None, key: jax.Array | None = None, candidates: jax.Array | None = None
+    ) -> Encoded:
+        """Encodes packed histories: at each token, what predicts the next one."""
+        del represented
+        embedded, rows = look_up(self.item_embedding.embedding[...], batch.inputs, candidates)
         keys = split_keys(key, len(self.blocks) + 1)
         x = embedded * jnp.sqrt(embedded.shape[-1]).astype(embedded.dtype) + self.position_embedding(batch.positions)
         x = self.dropout(x.astype(self.dtype), keys[0])
         padding = batch.padding if self.attend_padding else None
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
             x = block(x, batch.segments, padding, block_key)
-        return self.norm(x)
-
-    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-        """Encodes packed histories, see :meth:`encode`."""
-        return self.encode(self.item_embedding(batch.inputs), batch, key)
-
-    def output_layer(self) -> tuple[jax.Array, jax.Array]:
-        """Weight (num_items + 1, embedding_dim) and bias (num_items + 1,) of the scores: the item table, and zeros."""
-        table = self.item_embedding.embedding[...]
-        return table, jnp.zeros(len(table), table.dtype)
+        return Encoded(self.norm(x), rows, None if rows is None else jnp.zeros((), rows.dtype))

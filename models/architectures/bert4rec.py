@@ -1,14 +1,19 @@
 """BERT4Rec: self-attention over a user's history in both directions, trained to restore masked items."""
 
+import dataclasses
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.data.interactions import Interactions
-from models.data.packing import Batch
+from models.architectures.base import Encoded, Group, NodeSet, SequenceRecommender, look_up
+from models.config import Loss, TransformerConfig
+from models.data import Interactions
+from models.feeds import Batch
 from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys, stacked_xavier_uniform
 
 _xavier_normal = nnx.initializers.xavier_normal()
@@ -19,6 +24,47 @@ def clipped_xavier_normal(
 ) -> jax.Array:
     """Xavier-normal, clipped to ±0.02: the published initialisation of everything but query, key and value."""
     return jnp.clip(_xavier_normal(key, shape, dtype), -0.02, 0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class BERT4RecConfig(TransformerConfig):
+    """BERT4Rec's options, with the paper's settings for Amazon Beauty."""
+
+    model: str = "bert4rec"
+    """Architecture."""
+    num_heads: int = 4
+    """Attention heads a block; divides embedding_dim."""
+    dropout_rate: float = 0.2
+    """Dropout on embeddings, attention weights and feed-forward parts."""
+    mask_probability: float = 0.5
+    """Probability that a training token is masked."""
+    mask_last_probability: float = 0.0
+    """Probability that of a training sequence only the newest item is masked."""
+    tie_output: bool = False
+    """Whether the output layer shares the item table's weight."""
+    loss: Loss = "ce"
+    """ce: softmax over the catalogue. bce, bpr: against one random unseen item. sampled-softmax, gbce: against
+    num_negatives items."""
+    learning_rate: float = 5e-4
+    """Step size."""
+    b2: float = 0.95
+    """Decay rate of the second moment."""
+    epochs: int = 500
+    """Passes over the training data."""
+    batch_size: int = 256
+    """Users in a batch, on average: sequences are packed, and batches hold equally many rows."""
+
+    def _check(self) -> None:
+        super()._check()
+        for name in ("mask_probability", "mask_last_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.mask_probability == 0 and self.mask_last_probability < 1:
+            raise ValueError(
+                "mask_probability must be larger than 0: without masked items there is nothing to learn from"
+            )
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, one item and the mask token, got {self.max_length}")
 
 
 class EncoderLayer(nnx.Module):
@@ -53,7 +99,7 @@ class EncoderLayer(nnx.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward_out(hidden), keys[3]))
 
 
-class BERT4Rec(nnx.Module):
+class BERT4Rec(SequenceRecommender):
     """Bidirectional sequential recommendation, as trained in the SEvo paper.
 
     Some items of a history are replaced by a mask token, and the model restores them from both sides. To recommend, a
@@ -79,8 +125,10 @@ class BERT4Rec(nnx.Module):
       <https://arxiv.org/abs/1904.06690>`_, 2019
     """
 
+    config_class = BERT4RecConfig
     predicts_next = False
     num_special = 2
+    causal = False
 
     def __init__(
         self,
@@ -125,11 +173,12 @@ class BERT4Rec(nnx.Module):
         self.dropout = Dropout(dropout_rate)
 
     @property
-    def item_tables(self) -> tuple[str, ...]:
-        """Paths of the tables over items, each to be smoothed on its own."""
-        return ("item_embedding",) if self.output_embedding is None else ("item_embedding", "output_embedding")
+    def node_sets(self) -> Mapping[NodeSet, tuple[Group, ...]]:
+        """The item table and, if it has a weight of its own, the output layer: each smoothed by itself."""
+        tables = ("item_embedding",) if self.output_embedding is None else ("item_embedding", "output_embedding")
+        return {"items": tuple((table,) for table in tables)}
 
-    def targets_at_most(self, num_tokens: int) -> int:
+    def max_num_targets(self, num_tokens: int) -> int:
         """How many of ``num_tokens`` training tokens to reserve room for: the mean and six standard deviations."""
         p = self.mask_probability
         likely = num_tokens * p + 6 * np.sqrt(num_tokens * p * (1 - p))
@@ -138,7 +187,7 @@ class BERT4Rec(nnx.Module):
         return min(num_tokens, int(np.ceil(likely)) + 1)
 
     @staticmethod
-    def queries(history: Interactions) -> Interactions:
+    def history_inputs(history: Interactions) -> Interactions:
         """The histories with the mask token appended, whose encoding scores the next item."""
         ends = history.offsets[1:]
         return Interactions(
@@ -147,7 +196,7 @@ class BERT4Rec(nnx.Module):
             num_items=history.num_items,
         )
 
-    def corrupt(self, batch: Batch, key: jax.Array) -> Batch:
+    def training_batch(self, batch: Batch, key: jax.Array) -> Batch:
         """Masks items at random; targets are the masked items."""
         token_key, last_key = jax.random.split(key)
         filled = batch.segments > 0
@@ -165,27 +214,26 @@ class BERT4Rec(nnx.Module):
             inputs=jnp.where(masked, self.mask_token, batch.inputs), targets=jnp.where(masked, batch.inputs, 0)
         )
 
-    def embed(self, inputs: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Looks up inputs, and the output layer's rows and biases for ``candidates``."""
+    def encode(
+        self, batch: Batch, represented: Any = None, key: jax.Array | None = None, candidates: jax.Array | None = None
+    ) -> Encoded:
+        """Encodes packed sequences: at each mask token, what restores the item behind it."""
+        del represented
+        table = self.item_embedding.embedding[...]
         if self.output_embedding is None:
-            both = self.item_embedding(jnp.concatenate([inputs[None], candidates]))
-            return both[0], both[1:], self.output_bias[...][candidates]
-        return self.item_embedding(inputs), self.output_embedding(candidates), self.output_bias[...][candidates]
-
-    def encode(self, embedded: jax.Array, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-        """Encodes packed sequences whose items are embedded already, see :meth:`models.sasrec.SASRec.encode`."""
+            embedded, rows = look_up(table, batch.inputs, candidates)
+        else:
+            (embedded,) = look_up(table, batch.inputs)
+            rows = None if candidates is None else self.output_embedding(candidates)
         keys = split_keys(key, len(self.blocks) + 1)
         x = self.norm((embedded + self.position_embedding(batch.positions)).astype(self.dtype))
         x = self.dropout(x, keys[0])
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
             x = block(x, batch.segments, block_key)
-        return x
+        return Encoded(x, rows, None if candidates is None else self.output_bias[...][candidates])
 
-    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-        """Encodes packed sequences, see :meth:`encode`."""
-        return self.encode(self.item_embedding(batch.inputs), batch, key)
-
-    def output_layer(self) -> tuple[jax.Array, jax.Array]:
-        """Weight (rows, embedding_dim) and bias (rows,) of the scores, row ``i`` for item ``i``."""
+    def items(self, represented: Any = None) -> tuple[jax.Array, jax.Array]:
+        """Weight (rows, embedding_dim) and bias (rows,) of the output layer."""
+        del represented
         table = self.item_embedding if self.output_embedding is None else self.output_embedding
         return table.embedding[...], self.output_bias[...]

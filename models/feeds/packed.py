@@ -1,4 +1,4 @@
-"""Packing several users into one row.
+"""Packed sequences: several users share a row.
 
 Most histories are short: with one user a row, nearly all of a padded batch is padding. Here users share rows. Attention
 stays inside a user (``segments``), and positions are counted from each user's newest item, so a user's outputs do not
@@ -6,6 +6,9 @@ depend on who shares the row.
 
 Which users share a row, and which rows share a batch, changes every epoch without packing again: rows are cut into
 slots once, one slot a user; rows are shuffled, and users are dealt anew to slots of their own length.
+
+A history that is longer than the model's limit loses its oldest items or, where every item shall be a target, is cut
+into several *windows* that overlap: what is said of users here is true of windows.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.data.interactions import Interactions
+from models.data import Interactions
 
 
 class Batch(NamedTuple):
@@ -43,7 +46,7 @@ class Batch(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["slot", "step", "slot_length", "user", "items", "first"],
+    data_fields=["slot", "step", "slot_length", "user", "items", "first", "context"],
     meta_fields=["num_batches", "max_length"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,8 @@ class PackedSequences:
       slot_length: shape (slots,), int32, ascending.
       user: shape (slots,), int32, the users in ascending order of their length: user ``user[s]`` fills slot ``s``.
       first: shape (slots,), int32, where the tokens of ``user[s]`` begin in ``items``.
+      context: shape (slots,), int32, how many tokens at the beginning of a slot are no targets, because another window
+        of the same user has them; None: there are no such slots.
       items: shape (interactions + 1,), int32, all items, user after user, then one 0.
       num_batches: batches in an epoch.
       max_length: the longest sequence of inputs a model takes.
@@ -66,6 +71,7 @@ class PackedSequences:
     slot_length: jax.Array
     user: jax.Array
     first: jax.Array
+    context: jax.Array | None
     items: jax.Array
     num_batches: int
     max_length: int
@@ -74,6 +80,11 @@ class PackedSequences:
     def num_tokens(self) -> int:
         """Tokens in an epoch; places that are not filled do not count."""
         return int(np.asarray(self.slot_length).sum())
+
+    @property
+    def max_num_targets(self) -> int:
+        """The most targets that a batch can have: every token may be one."""
+        return self.rows * self.slot.shape[1]
 
     @property
     def rows(self) -> int:
@@ -87,7 +98,12 @@ class PackedSequences:
         noise = jax.random.bits(user_key, self.slot_length.shape)
         users = jnp.lexsort((noise, self.slot_length))
         return dataclasses.replace(
-            self, slot=self.slot[rows], step=self.step[rows], user=self.user[users], first=self.first[users]
+            self,
+            slot=self.slot[rows],
+            step=self.step[rows],
+            user=self.user[users],
+            first=self.first[users],
+            context=None if self.context is None else self.context[users],
         )
 
     def batch(self, index: jax.typing.ArrayLike) -> Batch:
@@ -101,13 +117,16 @@ class PackedSequences:
         def fill(values: jax.Array) -> jax.Array:
             return jnp.where(filled, values, 0)
 
+        targets = self.items[place + 1]
+        if self.context is not None:
+            targets = jnp.where(step >= self.context[slot], targets, 0)
         return Batch(
             inputs=fill(self.items[place]),
             positions=fill(padding + step),
             padding=fill(padding),
             segments=fill(slot + 1),
             users=fill(self.user[slot]),
-            targets=fill(self.items[place + 1]),
+            targets=fill(targets),
         )
 
 
@@ -145,8 +164,16 @@ def _cut_rows(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndar
     return slots, steps
 
 
-def pack(interactions: Interactions, *, max_length: int, batch_size: int, with_targets: bool = True) -> PackedSequences:
-    """Packs the newest ``max_length`` inputs of every user.
+def pack(
+    interactions: Interactions,
+    *,
+    max_length: int,
+    batch_size: int,
+    with_targets: bool = True,
+    count_targets: bool = False,
+    windows: bool = False,
+) -> PackedSequences:
+    """Packs the newest ``max_length`` inputs of every user, or all of them.
 
     Args:
       interactions: the sequences.
@@ -155,6 +182,10 @@ def pack(interactions: Interactions, *, max_length: int, batch_size: int, with_t
         evenly.
       with_targets: whether every token needs a following item. If so, a user's newest item is a target only, and users
         with one item are left out; otherwise it is the last input, and its target is meaningless.
+      count_targets: whether ``batch_size`` counts targets instead of users.
+      windows: whether a longer history is cut into windows of ``max_length`` inputs, so that every item but the first
+        is a target once, after ``max_length // 2`` of the items before it at least; otherwise its oldest items are left
+        out.
 
     Raises:
       ValueError: if nothing is left to pack, or a number is smaller than 1.
@@ -162,23 +193,49 @@ def pack(interactions: Interactions, *, max_length: int, batch_size: int, with_t
     for name, value in {"max_length": max_length, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    targets = int(with_targets)
-    lengths = np.minimum(interactions.lengths - targets, max_length)
-    users = np.argsort(lengths, kind="stable")
-    users = users[lengths[users] > 0]
+    inputs = interactions.lengths - int(with_targets)
+    users = np.flatnonzero(inputs > 0)
     if not users.size:
         raise ValueError("no user has two interactions to train on; at least one sequence must be that long")
-    lengths = lengths[users]
+    if windows:
+        users, stops, contexts = _windows(users, inputs, max_length)
+    else:
+        stops, contexts = inputs[users], np.zeros(len(users), np.int64)
+    starts = np.maximum(stops - max_length, 0)
+    lengths = stops - starts
+    order = np.argsort(lengths, kind="stable")
+    users, starts, lengths, contexts = users[order], starts[order], lengths[order], contexts[order]
     slot, step = _cut_rows(lengths, int(lengths[-1]))
-    num_batches = -(-len(users) // batch_size)
+    counted = int((lengths - contexts).sum()) if count_targets else len(users)
+    num_batches = -(-counted // batch_size)
     missing = -len(slot) % num_batches
     return PackedSequences(
         slot=jnp.asarray(np.pad(slot, ((0, missing), (0, 0)), constant_values=-1)),
         step=jnp.asarray(np.pad(step, ((0, missing), (0, 0)))),
         slot_length=jnp.asarray(lengths, jnp.int32),
         user=jnp.asarray(users, jnp.int32),
-        first=jnp.asarray(interactions.offsets[users + 1] - targets - lengths, jnp.int32),
+        first=jnp.asarray(interactions.offsets[users] + starts, jnp.int32),
+        context=jnp.asarray(contexts, jnp.int32) if contexts.any() else None,
         items=jnp.asarray(np.append(interactions.items, 0), jnp.int32),
         num_batches=num_batches,
         max_length=max_length,
     )
+
+
+def _windows(users: np.ndarray, inputs: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts long histories into overlapping windows.
+
+    Args:
+      users: shape (users,), those that have inputs.
+      inputs: shape (all users,), how many inputs each has.
+      max_length: the longest window.
+
+    Returns:
+      For each window its user, where it stops, and how many of its tokens are no targets.
+    """
+    stride = max(1, max_length // 2)
+    stops = [np.append(np.arange(min(max_length, n), n, stride), n) for n in inputs[users].tolist()]
+    counts = [len(mine) for mine in stops]
+    covered = [np.append(0, mine[:-1]) for mine in stops]
+    stop, before = np.concatenate(stops), np.concatenate(covered)
+    return np.repeat(users, counts), stop, before - np.maximum(stop - max_length, 0)

@@ -84,7 +84,7 @@ class Recommender:
     Examples:
       >>> import numpy as np
       >>> from models.registry import make_model
-      >>> from models.training.config import TrainConfig
+      >>> from models.config import TrainConfig
       >>> model = make_model(TrainConfig().resolved(), num_items=3, max_length=50, seed=0)  # untrained
       >>> recommender = Recommender(model, np.array(["", "apple", "pear", "plum"]), max_length=50)
       >>> (found,) = recommender.recommend([["apple", "kiwi"]])

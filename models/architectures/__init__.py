@@ -1,0 +1,1 @@
+"""One file a model; :mod:`models.architectures.registry` lists them."""

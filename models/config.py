@@ -1,0 +1,324 @@
+"""Choices and configuration: the layer below everything else, so that every part may use the same names.
+
+The options of a model, and its published defaults, live with the model: see :mod:`models.architectures`. What they all
+share is here.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, get_args
+
+Loss = Literal["bce", "ce", "sampled-softmax", "gbce", "bpr"]
+Negatives = Literal["shared", "per-position"]
+Schedule = Literal["constant", "linear", "cosine"]
+ComputeDtype = Literal["float32", "bfloat16"]
+Optimizer = Literal[
+    "adamw",
+    "sevo-adamw",
+    "sevo-gradient",
+    "sevo-gradient-uncorrected",
+    "adam",
+    "sevo-adam",
+    "sgd",
+    "sevo-sgd",
+    "closed-form",
+]
+Smoothing = Literal["neumann", "iterative", "exact"]
+DataFormat = Literal["auto", "csv", "tsv", "parquet", "inter", "dat", "json", "s3rec"]
+Duplicates = Literal["all", "exact", "first", "last"]
+SplitMethod = Literal["leave-one-out", "global-time"]
+Keep = Literal["last", "first"]
+Weighting = Literal["distance", "frequency"]
+# The metric of the validation items by which the best epoch is chosen.
+SELECTION_K = 10
+SELECTION = f"NDCG@{SELECTION_K}"
+# The arms of a comparison.
+OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "sevo-adamw", "sevo-gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadingConfig:
+    """How a file of interactions is read."""
+
+    data_format: DataFormat = "auto"
+    """inter: RecBole. dat: MovieLens. json: an object a line. s3rec: 'user item item …' a line. auto: by the suffix."""
+    user_column: str | None = None
+    """Column of the users' ids (left out: one with a usual name; without a header 1)."""
+    item_column: str | None = None
+    """Column of the items' ids (left out: one with a usual name; without a header 2)."""
+    time_column: str | None = None
+    """Column of the times; none: order of the file (left out: a usual name, if there is one; without a header 4)."""
+    header: bool = True
+    """Whether the first line of a csv or tsv names the columns; if not, they are called 1, 2, 3 …."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig(ReadingConfig):
+    """Which interactions to read, how to filter and how to split them."""
+
+    data: Path | None = None
+    """A file, or ml-100k, ml-1m, amazon-beauty, amazon-toys or amazon-tools; left out: an embedded generator."""
+    duplicates: Duplicates = "all"
+    """Which interactions of the same user and item stay; exact: one of those at the very same time."""
+    min_user_interactions: int = 0
+    """Users with fewer interactions are left out; both limits are applied until all that remain have enough."""
+    min_item_interactions: int = 0
+    """Items with fewer interactions are left out, likewise."""
+    split: SplitMethod = "leave-one-out"
+    """leave-one-out: test on each user's last item. global-time: on each user's first item behind a moment."""
+    split_quantiles: tuple[float, float] = (0.8, 0.9)
+    """global-time: shares of all interactions before the moments of validation and test; training is before both."""
+    split_times: tuple[str, str] | None = None
+    """global-time: the two moments themselves; dates too, if the data's times are seconds since 1970."""
+    cache_dir: Path | None = None
+    """Where public data sets are kept (left out: what SEVO_OPTAX_CACHE says, or the user's cache folder)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphConfig:
+    """What the updates are smoothed over: graphs of the training part, by name or from a file."""
+
+    graph: tuple[str, ...] = ("item-item",)
+    """item-item: items that follow each other. user-item: users and their items. attributes: items that share one.
+    Or a file that graph.save wrote. Several are combined."""
+    graph_weights: tuple[float, ...] = ()
+    """How much each graph counts (left out: all alike); each is normalised first."""
+    graph_max_length: int = 50
+    """item-item: how many of a user's training items the graph is built from."""
+    graph_keep: Keep = "last"
+    """item-item: which of them, if there are more."""
+    max_hops: int = 1
+    """item-item: how far apart in a history two items may be to be related."""
+    graph_weighting: Weighting = "distance"
+    """item-item: distance: a pair counts 1 / hops. frequency: every pair counts 1."""
+    attributes: Path | None = None
+    """attributes: a .tsv or .csv with one line an item."""
+    attribute_item_column: str = "item_id"
+    """Its column of item ids, as they are in the data."""
+    attribute_column: str = "genres"
+    """Its column of attributes, several separated by '|'."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is minimised, for whichever model."""
+
+    loss: Loss = "bce"
+    """bce, bpr: against one random unseen item. ce: softmax over the catalogue. sampled-softmax, gbce: against
+    num_negatives items."""
+    num_negatives: int = 256
+    """sampled-softmax, gbce: random items each target competes with."""
+    negatives: Negatives = "shared"
+    """sampled-softmax, gbce: shared: one draw serves a whole batch. per-position: each target has its own."""
+    negative_power: float = 0.0
+    """sampled-softmax, gbce: items are drawn with probability ∝ count ** negative_power; 0: uniformly."""
+    logq_correction: bool = True
+    """sampled-softmax: whether scores are corrected for the probability of being drawn."""
+    gbce_t: float = 0.75
+    """gbce: calibration, in [0, 1]; 0: plain binary cross-entropy, 1: as if all items were negatives."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How to update the parameters."""
+
+    optimizer: Optimizer = "sevo-adamw"
+    """adamw: plain. sevo-adamw: smooths Adam's direction (Algorithm 1). sevo-gradient: smooths the gradient instead;
+    -uncorrected: in front of plain AdamW. adam, sgd: weight decay in the gradient; sevo-: Algorithms 3 and 2."""
+    learning_rate: float = 1e-3
+    """Step size."""
+    b1: float = 0.9
+    """Decay rate of the first moment; sgd: the momentum."""
+    b2: float = 0.999
+    """Decay rate of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, multiplied by the learning rate; adam, sgd: added to the gradient times the parameter."""
+    beta: float = 0.99
+    """Strength of the smoothing, in [0, 1)."""
+    num_layers: int = 3
+    """Terms of the smoothing series behind the first."""
+    smoothing: Smoothing = "neumann"
+    """How the smoothing is computed: the paper's series, its iterative form, or the exact solution."""
+    rescale: bool = True
+    """neumann: whether the series is rescaled, so that its weights sum to one."""
+    moment_correction: bool = True
+    """sevo-adamw: whether the moments of rows without a gradient are corrected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
+    """A training run: what all models share. A model's own class adds its options and published settings."""
+
+    losses: ClassVar[tuple[Loss, ...]] = get_args(Loss)
+    """The losses that make sense for the model."""
+
+    model: str = ""
+    """Architecture."""
+    embedding_dim: int = 64
+    """Width of the embeddings."""
+    epochs: int = 200
+    """Passes over the training data."""
+    batch_size: int = 512
+    """Users in a batch, on average: sequences are packed, and batches hold equally many rows."""
+    eval_every: int = 5
+    """Epochs between two evaluations on the validation items."""
+    ks: tuple[int, ...] = (1, 5, 10)
+    """Lengths of the lists that HR@k, NDCG@k, MRR@k and coverage@k are given for."""
+    exclude_seen: bool = True
+    """Whether items in a user's history are left out of the ranking."""
+    per_user: bool = False
+    """Whether to save the rank of every test user's item, in per_user.csv."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a better validation NDCG@10 (left out: never)."""
+    schedule: Schedule = "constant"
+    """How the learning rate falls to zero over the epochs; constant: not at all."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises from zero, before the schedule."""
+    clip_norm: float | None = None
+    """Gradients with a larger global norm are scaled down to it, before everything else (left out: never)."""
+    diagnostics: bool = False
+    """Whether each epoch records the smoothness of updates and tables, and the alignment of the two updates."""
+    tensorboard: bool = False
+    """Whether to write scalars for TensorBoard."""
+    seed: int = 0
+    """Seed of initialisation, shuffling, negatives and dropout."""
+
+    def checked(self) -> Self:
+        """The configuration itself.
+
+        Raises:
+          ValueError: if a number is out of range; it names the field, the value seen and the values wanted.
+        """
+        self._check()
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON, for :meth:`from_dict`."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration with the given fields, as read from JSON or YAML; others keep their defaults.
+
+        Raises:
+          ValueError: if a field is unknown.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]}; {cls().model} has {', '.join(sorted(known))}")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        for name, value in values.items():
+            if value is not None and Path in (known[name].type, *get_args(known[name].type)):
+                values[name] = Path(value)
+        return cls(**values)
+
+    def differing(self) -> dict[str, Any]:
+        """The fields that differ from the model's defaults, as plain JSON, and the model."""
+        values, usual = self.to_dict(), type(self)().to_dict()
+        return {name: value for name, value in values.items() if name == "model" or value != usual[name]}
+
+    def _check(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be a finite number, got {value}")
+        for name in self._at_least_one():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in self._at_least_zero():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in self._below_one():
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.loss not in self.losses:
+            raise ValueError(f"loss must be one of {', '.join(self.losses)} with {self.model}, got {self.loss!r}")
+        if not 0 <= self.gbce_t <= 1:
+            raise ValueError(f"gbce_t must lie in [0, 1], got {self.gbce_t}")
+        for name in ["learning_rate", "clip_norm"]:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be larger than 0, got {value}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"ks must be one or more numbers of at least 1, got {self.ks}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be smaller than epochs, {self.epochs}, got {self.warmup_epochs}")
+        if self.graph_weights and len(self.graph_weights) != len(self.graph):
+            raise ValueError(
+                f"graph_weights must hold one number for each of {', '.join(self.graph)}, got {self.graph_weights}"
+            )
+
+    def _at_least_one(self) -> tuple[str, ...]:
+        """Names of the numbers that start at 1; a model's class adds its own."""
+        return (
+            "embedding_dim",
+            "graph_max_length",
+            "max_hops",
+            "epochs",
+            "batch_size",
+            "eval_every",
+            "num_negatives",
+        )
+
+    def _at_least_zero(self) -> tuple[str, ...]:
+        """Names of the numbers that start at 0."""
+        return ("seed", "weight_decay", "negative_power", "warmup_epochs", "num_layers")
+
+    def _below_one(self) -> tuple[str, ...]:
+        """Names of the numbers in [0, 1)."""
+        return ("b1", "b2", "beta")
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceConfig(TrainConfig):
+    """A model of histories."""
+
+    max_length: int = 50
+    """Longest history the model sees."""
+    dropout_rate: float = 0.3
+    """Dropout on embeddings and inside the layers."""
+    compute_dtype: ComputeDtype = "float32"
+    """bfloat16: compute in half precision; parameters, moments and losses stay float32."""
+
+    def _at_least_one(self) -> tuple[str, ...]:
+        return ("max_length", *super()._at_least_one())
+
+    def _below_one(self) -> tuple[str, ...]:
+        return ("dropout_rate", *super()._below_one())
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(SequenceConfig):
+    """A model of histories with attention blocks."""
+
+    num_blocks: int = 2
+    """Number of attention blocks."""
+    num_heads: int = 1
+    """Attention heads a block; divides embedding_dim."""
+
+    def _at_least_one(self) -> tuple[str, ...]:
+        return ("num_heads", *super()._at_least_one())
+
+    def _at_least_zero(self) -> tuple[str, ...]:
+        return ("num_blocks", *super()._at_least_zero())
+
+    def _check(self) -> None:
+        super()._check()
+        if self.embedding_dim % self.num_heads:
+            raise ValueError(f"num_heads must divide embedding_dim, got {self.num_heads} and {self.embedding_dim}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig(SequenceConfig):
+    """A model of histories that is trained on every prefix of a training sequence."""
+
+    batch_size: int = 512
+    """Prefixes in a batch, on average."""
+    separate_prefixes: bool = False
+    """Whether each prefix is a row of its own, as published; otherwise all prefixes of a user take one pass."""

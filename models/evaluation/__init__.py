@@ -1,0 +1,1 @@
+"""Full ranking of the catalogue, and metrics of the ranks."""

@@ -1,0 +1,10 @@
+"""Building blocks that models share."""
+
+from models.layers.attention import BLOCKED as BLOCKED
+from models.layers.attention import Attention as Attention
+from models.layers.attention import stacked_xavier_uniform as stacked_xavier_uniform
+from models.layers.basic import Dropout as Dropout
+from models.layers.basic import LayerNorm as LayerNorm
+from models.layers.basic import Linear as Linear
+from models.layers.basic import random_words as random_words
+from models.layers.basic import split_keys as split_keys

@@ -1,0 +1,1 @@
+"""Losses over queries and items, and the training objective of a model."""
