@@ -26,8 +26,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from models.data import Interactions
-from models.registry import make_model
-from models.sequence_model import SequenceModel
+from models.architectures.base import Recommender
+from models.architectures.registry import config_from_dict, make_model
 from models.config import Optimizer, TrainConfig
 from models.training.files import write_bytes, write_json
 from sevo_optax import with_graphs, without_graphs
@@ -97,7 +97,7 @@ class RunInfo:
         if written != FORMAT:
             raise CheckpointError(f"{file} has format {written}, but this version reads {FORMAT}; train again")
         try:
-            return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
+            return cls(**values | {"config": config_from_dict(values["config"])})
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{file} does not fit this version ({error}); train again") from None
 
@@ -271,7 +271,7 @@ class LoadedRun:
       epoch: how many epochs it was trained for.
     """
 
-    model: SequenceModel
+    model: Recommender
     info: RunInfo
     item_ids: np.ndarray
     epoch: int
@@ -299,8 +299,8 @@ def load_run(directory: Path, which: Which = "best") -> LoadedRun:
     checkpoint = next(Checkpoints(directory).readable(), None)
     if checkpoint is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet; it appears with the first evaluation")
-    make = partial(make_model, info.config, num_items=info.num_items, max_length=info.config.max_length, seed=0)
-    graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)  # shapes alone: the values are in the checkpoint
+    make = partial(make_model, info.config, num_users=info.num_users, num_items=info.num_items, seed=0)
+    graphdef, params = nnx.split(nnx.eval_shape(make))  # shapes alone: the values are in the checkpoint
     params = unflatten(checkpoint.leaves, params, which)
     epoch = checkpoint.epoch if which == "last" else checkpoint.progress["best_epoch"]
     return LoadedRun(nnx.merge(graphdef, params), info, item_ids, epoch)
