@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.data.negatives import UnseenItems
+from models.data.negatives import NegativeSampler
 from models.data.packing import Batch
 from models.sequence_model import SequenceModel
 from models.training.config import ModelConfig
 
-LossFn = Callable[[SequenceModel, Batch, UnseenItems, jax.Array], jax.Array]
+LossFn = Callable[[SequenceModel, Batch, NegativeSampler, jax.Array], jax.Array]
 
 # Scores, or entries of gathered rows, that may exist at once: 64 MiB in float32.
 NUMBERS_AT_ONCE = 2**24
@@ -55,7 +55,7 @@ def make_loss(config: ModelConfig) -> LossFn:
 
 
 def binary_cross_entropy(
-    model: SequenceModel, batch: Batch, unseen: UnseenItems, key: jax.Array, *, deterministic: bool = False
+    model: SequenceModel, batch: Batch, unseen: NegativeSampler, key: jax.Array, *, deterministic: bool = False
 ) -> jax.Array:
     r"""Binary cross-entropy of the target against one random unseen item (SASRec's loss).
 
@@ -84,7 +84,7 @@ def binary_cross_entropy(
 
 
 def bpr(
-    model: SequenceModel, batch: Batch, unseen: UnseenItems, key: jax.Array, *, deterministic: bool = False
+    model: SequenceModel, batch: Batch, unseen: NegativeSampler, key: jax.Array, *, deterministic: bool = False
 ) -> jax.Array:
     r"""Bayesian personalised ranking: the target shall beat one random unseen item.
 
@@ -116,7 +116,7 @@ def bpr(
 def cross_entropy(
     model: SequenceModel,
     batch: Batch,
-    unseen: UnseenItems,
+    unseen: NegativeSampler,
     key: jax.Array,
     *,
     deterministic: bool = False,
@@ -160,7 +160,7 @@ def cross_entropy(
 def sampled_softmax(
     model: SequenceModel,
     batch: Batch,
-    unseen: UnseenItems,
+    unseen: NegativeSampler,
     key: jax.Array,
     *,
     num_negatives: int,
@@ -218,7 +218,7 @@ def sampled_softmax(
 def gbce(
     model: SequenceModel,
     batch: Batch,
-    unseen: UnseenItems,
+    unseen: NegativeSampler,
     key: jax.Array,
     *,
     num_negatives: int,
@@ -278,7 +278,7 @@ def gbce(
 
 
 def _against_one_unseen(
-    model: SequenceModel, batch: Batch, unseen: UnseenItems, key: jax.Array, deterministic: bool
+    model: SequenceModel, batch: Batch, unseen: NegativeSampler, key: jax.Array, deterministic: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scores of each token's target and of one unseen item, and whether the token has a target."""
     negative_key, dropout_key = jax.random.split(key)
@@ -318,7 +318,7 @@ def _encode(
 def _against_sample(
     model: SequenceModel,
     batch: Batch,
-    unseen: UnseenItems,
+    unseen: NegativeSampler,
     key: jax.Array,
     deterministic: bool,
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],

@@ -8,7 +8,7 @@ from models.data.interactions import item_lookup as item_lookup
 from models.data.interactions import item_numbers as item_numbers
 from models.data.named import NAMED as NAMED
 from models.data.named import fetch_named as fetch_named
-from models.data.negatives import UnseenItems as UnseenItems
+from models.data.negatives import NegativeSampler as NegativeSampler
 from models.data.packing import Batch as Batch
 from models.data.packing import PackedSequences as PackedSequences
 from models.data.packing import pack as pack

@@ -158,7 +158,7 @@ def _alias_table(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     meta_fields=["num_items", "longest"],
 )
 @dataclasses.dataclass(frozen=True)
-class UnseenItems:
+class NegativeSampler:
     """The items each user has not interacted with, for exact uniform draws on the device.
 
     Attributes:
@@ -179,7 +179,7 @@ class UnseenItems:
     @classmethod
     def from_interactions(
         cls, interactions: Interactions, negative_power: float = 0.0, *, drawn: bool = True
-    ) -> "UnseenItems":
+    ) -> "NegativeSampler":
         """Collects each user's distinct items.
 
         Args:

@@ -4,7 +4,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-from models.data import Interactions, Split, UnseenItems, pack
+from models.data import Interactions, NegativeSampler, Split, pack
 from models.graphs import item_cooccurrence
 from models.registry import MODELS
 from models.training.config import TrainConfig
@@ -31,7 +31,7 @@ class Prepared:
     interactions: Interactions
     split: Split
     packed: Any
-    unseen: UnseenItems
+    unseen: NegativeSampler
     validation: FullRanking
     test: FullRanking
     adjacency: Any
@@ -51,7 +51,7 @@ def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
             batch_size=config.batch_size,
             with_targets=kind.predicts_next,
         ),
-        unseen=UnseenItems.from_interactions(split.train, config.negative_power, drawn=config.loss in DRAWS_UNSEEN),
+        unseen=NegativeSampler.from_interactions(split.train, config.negative_power, drawn=config.loss in DRAWS_UNSEEN),
         validation=ranking(split.validation_history, split.validation),
         test=ranking(split.test_history, split.test),
         adjacency=item_cooccurrence(

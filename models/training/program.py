@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from models.compilation import jit
-from models.data import UnseenItems
+from models.data import NegativeSampler
 from models.losses import LossFn, make_loss
 from models.registry import make_model
 from models.training.config import Optimizer, TrainConfig
@@ -26,7 +26,7 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
     The losses have shape (batches,). It is a pure function, to be jitted, or vmapped over seeds and then jitted.
     """
 
-    def epoch(params: Any, opt_state: Any, packed: Any, unseen: UnseenItems, key: jax.Array) -> Any:
+    def epoch(params: Any, opt_state: Any, packed: Any, unseen: NegativeSampler, key: jax.Array) -> Any:
         shuffle_key, step_key = jax.random.split(key)
         packed = packed.shuffle(shuffle_key)
 
@@ -61,7 +61,9 @@ def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: LossFn, tables: 
     smoothers = [name for name in stages if name.startswith("sevo ")]
     probe = smoothers[0] if smoothers else "decay"
 
-    def diagnose(params: Any, opt_state: Any, packed: Any, unseen: UnseenItems, adjacency: Any, key: jax.Array) -> Any:
+    def diagnose(
+        params: Any, opt_state: Any, packed: Any, unseen: NegativeSampler, adjacency: Any, key: jax.Array
+    ) -> Any:
         shuffle_key, step_key = jax.random.split(key)
         batch = packed.shuffle(shuffle_key).batch(0)
         updates = jax.grad(lambda params: loss(nnx.merge(graphdef, params), batch, unseen, step_key))(params)

@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.data import Interactions, UnseenItems
+from models.data import Interactions, NegativeSampler
 from models.data.negatives import Proposal, _alias_table, _as_words, _multiply, _random_below
 
 COUNTS = np.array([99, 8, 0, 1, 27, 64, 0, 2])
@@ -79,7 +79,7 @@ def test_draws_below_a_count_begin_as_a_uniform_draw():
 def test_no_item_of_a_huge_catalogue_is_left_out(num_items):
     """A float32 has 2**23 uniform values: drawn with one, most of these items would never come."""
     seen = jnp.array([3, 2**23, num_items - 4], jnp.int32)
-    sampler = UnseenItems(
+    sampler = NegativeSampler(
         unseen_before=seen - 1 - jnp.arange(3),
         offsets=jnp.array([0, 3], jnp.int32),
         proposal=Proposal(None, None, None, num_items),
@@ -114,16 +114,16 @@ def test_small_shares_of_a_cell_are_met():
 
 def test_counts_are_those_of_the_interactions():
     data = Interactions.from_sequences([[3, 1, 3], [3], [2, 1]], num_items=5)
-    proposal = UnseenItems.from_interactions(data, negative_power=2.0).proposal
+    proposal = NegativeSampler.from_interactions(data, negative_power=2.0).proposal
     np.testing.assert_allclose(
         np.exp(proposal.log_probability(jnp.arange(6))), np.array([0, 4, 1, 9, 0, 0]) / 14, rtol=1e-6
     )
-    assert UnseenItems.from_interactions(data).proposal.log_probabilities is None
+    assert NegativeSampler.from_interactions(data).proposal.log_probabilities is None
 
 
 def test_compiled_and_for_several_seeds():
     data = Interactions.from_sequences([[3, 1, 3], [3], [2, 1]], num_items=5)
-    unseen = UnseenItems.from_interactions(data, negative_power=0.5)
+    unseen = NegativeSampler.from_interactions(data, negative_power=0.5)
     keys = jax.random.split(jax.random.key(0), 3)
     together = jax.jit(jax.vmap(lambda key, unseen: unseen.proposal.sample(key, (9,)), in_axes=(0, None)))(keys, unseen)
     for key, draws in zip(keys, together, strict=True):
@@ -133,4 +133,4 @@ def test_compiled_and_for_several_seeds():
 def test_who_knows_everything_is_named_as_in_the_data():
     data = Interactions.from_sequences([[1], [1, 2, 3]], user_ids=["ann", "bob"])
     with pytest.raises(ValueError, match="user bob has interacted with all 3 items"):
-        UnseenItems.from_interactions(data)
+        NegativeSampler.from_interactions(data)
