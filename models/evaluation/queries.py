@@ -99,8 +99,8 @@ class KnownUsers:
         users = [number.get(raw, -1) for raw in history.user_ids.tolist()]
         if -1 in users:
             raise ValueError(
-                f"user {history.user_ids[users.index(-1)]} is unknown to the model, which has a table of the users that "
-                "it was trained with; take a model of histories, such as sasrec"
+                f"user {history.user_ids[users.index(-1)]} is unknown to the model, which has a table of "
+                "the users that it was trained with; take a model of histories, such as sasrec"
             )
         return cls(jnp.asarray(users, jnp.int32), len(users))
 

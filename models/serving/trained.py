@@ -17,6 +17,7 @@ from models.config import TrainConfig
 from models.data import Interactions, Split, item_lookup, item_numbers
 from models.evaluation.queries import behind_history, history_scores, user_scores
 from models.evaluation.ranking import FullRanking, make_test
+from models.training.beside import KnownUsers
 from models.training.checkpoints import LoadedRun, Which, load_run
 
 USERS_AT_ONCE = 256
@@ -39,39 +40,6 @@ class Recommendation:
     items: list[Any]
     scores: list[float]
     unknown: list[Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class KnownUsers:
-    """The users that a model with a table of users was trained with.
-
-    Attributes:
-      ids: shape (users,), raw ids; user ``u`` of the model is ``ids[u]``.
-      offsets: shape (users + 1,), int64, where each user's items begin in ``items``.
-      items: shape (interactions,), int32, all that is known of them.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    items: np.ndarray
-
-    @classmethod
-    def from_interactions(cls, interactions: Interactions, user_ids: np.ndarray) -> Self:
-        """Collects what is known of some users.
-
-        Args:
-          interactions: all of them.
-          user_ids: shape (users,), the raw ids of the users that the model knows, in its order.
-        """
-        number = {raw: user for user, raw in enumerate(interactions.user_ids.tolist())}
-        rows = list(interactions)
-        mine = [rows[number[raw]] for raw in user_ids.tolist()]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in mine])]).astype(np.int64)
-        return cls(user_ids, offsets, np.concatenate(mine).astype(np.int32))
-
-    def history(self, user: int) -> np.ndarray:
-        """What is known of user ``user``."""
-        return self.items[self.offsets[user] : self.offsets[user + 1]]
 
 
 class TrainedModel:

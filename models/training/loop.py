@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from models.evaluation import metrics
 from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
+from models.evaluation import metrics
 from models.training.prepare import Prepared
 from models.training.program import Program
 from models.training.run import Result, Run

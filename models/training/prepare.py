@@ -10,9 +10,9 @@ from flax import nnx
 from models.architectures.base import Recommender
 from models.architectures.registry import make_model, model_class
 from models.config import TrainConfig
-from models.data import Interactions, Split, UnseenItems, split_interactions
+from models.data import Interactions, Split, split_interactions
 from models.evaluation.ranking import FullRanking
-from models.feeds import PackedSequences, Pairs, Prefixes, pack
+from models.feeds import NegativeSampler, PackedSequences, Pairs, Prefixes, pack
 from models.graphs import Nodes, smoothed_nodes
 
 # The losses that draw items a user has not interacted with.
@@ -39,7 +39,7 @@ class Prepared:
     interactions: Interactions
     split: Split
     feed: Feed | None
-    sampler: UnseenItems
+    sampler: NegativeSampler
     validation: FullRanking
     test: FullRanking
     context: Mapping[str, Any]
@@ -69,7 +69,9 @@ def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
         interactions=interactions,
         split=split,
         feed=make_feed(split.train, config),
-        sampler=UnseenItems.from_interactions(split.train, config.negative_power, drawn=config.loss in DRAWS_UNSEEN),
+        sampler=NegativeSampler.from_interactions(
+            split.train, config.negative_power, drawn=kind.feed != "none" and config.loss in DRAWS_UNSEEN
+        ),
         validation=ranking(split.validation_history, split.validation),
         test=ranking(split.test_history, split.test),
         context=kind.make_context(split.train, config),

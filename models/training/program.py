@@ -1,7 +1,7 @@
 """The compiled parts of training.
 
-A model's *state* is all that it holds, one ``nnx.State``: parameters, which the optimizer updates, and the rest (running
-statistics, masks), which the model updates itself.
+A model's *state* is all that it holds, one ``nnx.State``: parameters, which the optimizer updates, and the rest
+(running statistics, masks), which the model updates itself.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,8 @@ from models.architectures.base import Group
 from models.architectures.registry import make_model
 from models.compilation import jit
 from models.config import Optimizer, TrainConfig
-from models.data import UnseenItems
 from models.evaluation.ranking import FullRanking, make_test
+from models.feeds import NegativeSampler
 from models.objectives.losses import Loss, make_loss
 from models.objectives.objective import training_loss
 from models.training.optimizers import Stages, make_schedule, make_stages
@@ -33,7 +33,12 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
     """
 
     def epoch(
-        state: nnx.State, opt_state: Any, feed: Any, sampler: UnseenItems, context: Mapping[str, Any], key: jax.Array
+        state: nnx.State,
+        opt_state: Any,
+        feed: Any,
+        sampler: NegativeSampler,
+        context: Mapping[str, Any],
+        key: jax.Array,
     ) -> Any:
         shuffle_key, step_key = jax.random.split(key)
         feed = feed.shuffle(shuffle_key)
@@ -64,13 +69,13 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
 
 
 def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Sequence[Group]) -> Callable[..., Any]:
-    """Builds ``diagnose(state, opt_state, feed, sampler, context, adjacency, key) -> dict``: what the next step would be like.
+    """Builds ``diagnose(state, opt_state, feed, sampler, context, adjacency, key)``: what the next step would be like.
 
-    It takes the gradient of one batch through the stages of the optimizer, and changes nothing. For each group of tables it
-    reports the smoothness of the raw update (as it reaches the smoothing), of the smoothed update and of the table,
-    each divided by the squared norm, so that it lies in [0, 2]; and the alignment: the cosine between raw and smoothed
-    update, positive where smoothing keeps the direction (Section 2.2 of the paper). Without smoothing both updates are
-    the same.
+    It takes the gradient of one batch through the stages of the optimizer, and changes nothing. For each group of
+    tables it reports the smoothness of the raw update (as it reaches the smoothing), of the smoothed update and of the
+    table, each divided by the squared norm, so that it lies in [0, 2]; and the alignment: the cosine between raw and
+    smoothed update, positive where smoothing keeps the direction (Section 2.2 of the paper). Without smoothing both
+    updates are the same.
     """
     smoothers = [name for name in stages if name.startswith("sevo ")]
     probe = smoothers[0] if smoothers else "decay"
@@ -79,7 +84,7 @@ def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Se
         state: nnx.State,
         opt_state: Any,
         feed: Any,
-        sampler: UnseenItems,
+        sampler: NegativeSampler,
         context: Mapping[str, Any],
         adjacency: Any,
         key: jax.Array,
