@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from models.__main__ import main
-from models.training import loop
 from models.config import TrainConfig
+from models.training import loop
 from sevo_optax import graph
 
 SMALL = ["--epochs", "2", "--eval-every", "1", "--batch-size", "8", "--embedding-dim", "8", "--max-length", "6"]

@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 
 from models.__main__ import main
+from models.config import DataFormat, SourceConfig
 from models.data import item_numbers, load, read_attributes
 from models.data.readers import SUFFIXES
-from models.config import DataFormat, SourceConfig
 
 # Users and items out of order, ties in time (user 7 at 30: 12 before 5), and a repeated pair (9, 5).
 ROWS = [(9, 5, 4, 50), (7, 12, 5, 30), (7, 5, 3, 30), (9, 12, 1, 20), (7, 100, 2, 10), (9, 5, 2, 60), (11, 5, 2, 1)]
