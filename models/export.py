@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from models.data import ids_to_arrays, ids_usage
 from models.inference import next_scores
 from models.training.checkpoints import LoadedRun
 from models.training.files import write_bytes
@@ -53,7 +54,7 @@ def write_export(run: LoadedRun, path: Path) -> Path:
     """
     items = path.with_name(f"{path.stem}.items.npz")
     data = export_scores(run).serialize()
-    write_bytes(items, lambda file: np.savez_compressed(file, item_ids=run.item_ids))
+    write_bytes(items, lambda file: np.savez_compressed(file, **ids_to_arrays(run.item_ids)))
     write_bytes(path, lambda file: file.write(data))
     return items
 
@@ -71,7 +72,7 @@ def usage(run: LoadedRun, path: Path, items: Path) -> str:
 import jax, numpy as np
 
 scores = jax.export.deserialize(bytearray(open({str(path)!r}, "rb").read())).call
-item_ids = np.load({str(items)!r})["item_ids"]
+{ids_usage(run.item_ids, str(items))}
 number_of = {{raw: number for number, raw in enumerate(item_ids.tolist()) if number}}
 
 history = {history!r}  # raw ids, oldest first

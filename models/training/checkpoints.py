@@ -25,7 +25,7 @@ from absl import logging as absl_logging
 from flax import nnx
 from tqdm import tqdm
 
-from models.data import Interactions
+from models.data import Interactions, ids_from_arrays, ids_to_arrays
 from models.registry import make_model
 from models.sequence_model import SequenceModel
 from models.training.config import Optimizer, TrainConfig
@@ -72,8 +72,7 @@ class RunInfo:
     def write(self, directory: Path, item_ids: np.ndarray) -> None:
         """Writes ``run.json`` and ``items.npz``."""
         directory.mkdir(parents=True, exist_ok=True)
-        ids = item_ids if item_ids.dtype.kind in "iuf" else item_ids.astype(str)
-        write_bytes(directory / "items.npz", lambda file: np.savez_compressed(file, item_ids=ids))
+        write_bytes(directory / "items.npz", lambda file: np.savez_compressed(file, **ids_to_arrays(item_ids)))
         values = dataclasses.asdict(self) | {"config": self.config.to_dict()}
         write_json(directory / "run.json", {"format": FORMAT} | values)
 
@@ -293,7 +292,7 @@ def load_run(directory: Path, which: Which = "best") -> LoadedRun:
     info = RunInfo.read(directory)
     try:
         with np.load(directory / "items.npz") as file:
-            item_ids = file["item_ids"]
+            item_ids = ids_from_arrays(file)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{directory / 'items.npz'} cannot be read ({error}); train again") from None
     checkpoint = next(Checkpoints(directory).readable(), None)

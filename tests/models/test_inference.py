@@ -8,8 +8,7 @@ import pytest
 
 from models import inference
 from models.__main__ import main
-from models.commands import read_titles
-from models.data import Interactions, item_numbers, leave_one_out
+from models.data import Interactions, item_numbers, leave_one_out, read_titles
 from models.inference import Recommender, evaluate, in_catalogue
 from models.training import loop
 from models.training.checkpoints import CheckpointError, load_run
@@ -227,7 +226,7 @@ def test_recommend_to_every_user_of_a_file(sasrec, recommender, tmp_path, capsys
         (["--histories", "none.csv"], "none.csv does not exist"),
         (["--history", "item 1", "--titles", "none.tsv"], "titles: none.tsv does not exist"),
         (["--history", "item 1", "--titles", "titles.csv"], "title_item_column: titles.csv has no column 'item_id'"),
-        (["--history", "item 1", "--titles", "bad.csv"], "titles: bad.csv cannot be read as a table"),
+        (["--history", "item 1", "--titles", "bad.csv"], "titles: bad.csv, line 2, is not UTF-8 text"),
     ],
 )
 def test_bad_options(sasrec, tmp_path, monkeypatch, capsys, options, message):

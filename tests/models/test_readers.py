@@ -1,8 +1,12 @@
 import datetime
 import gzip
+import io
 import json
+import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,7 +15,15 @@ import polars as pl
 import pytest
 
 from models.__main__ import main
-from models.data import item_numbers, load, read_attributes
+from models.data import (
+    ids_from_arrays,
+    ids_to_arrays,
+    ids_usage,
+    item_numbers,
+    load,
+    read_attributes,
+    read_titles,
+)
 from models.data.readers import SUFFIXES
 from models.training.config import DataFormat, SourceConfig
 
@@ -151,6 +163,51 @@ class TestColumns:
             "(no column of times among user, item, mood)",
         )
 
+    UNUSED = "and {} is not in the order of {}, which went unused; if it is the time, give --time-column {}"
+
+    @pytest.mark.parametrize(
+        ("name", "content", "columns"),
+        [
+            ("a.csv", "user,item,when\n1,2,30\n1,3,10\n", ["when"]),
+            ("a.csv", "user,item,moment,rating\n1,2,2001-02-03,5\n1,3,2001-02-02,4\n", ["moment"]),
+            ("a.csv", "user,item,rating\n1,2,1600000001\n1,3,1600000000\n", ["rating"]),
+            ("a.csv", "user,item,bought,sent\n1,2,7,9\n2,1,3,1\n1,3,5,8\n", ["bought", "sent"]),
+            ("a.json", '{"user": 1, "item": 2, "t": 3, "x": [1]}\n{"user": 1, "item": 2, "t": 1.5}\n', ["t"]),
+        ],
+    )
+    def test_a_time_column_that_went_unused_is_told(self, tmp_path, name, content, columns):
+        path = write(tmp_path / name, content)
+        _, warning = load(path).notes
+        assert warning.startswith("warning: no column has a usual name of times, ")
+        assert self.UNUSED.format(path, " or ".join(map(repr, columns)), columns[0]) in warning
+        assert len(load(path, time_column="none").notes) == len(load(path, time_column=columns[0]).notes) == 1
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "user,item,when\n1,2,10\n2,5,1\n1,3,30\n",  # in order inside each user
+            "user,item,row,when\n1,2,1,30\n1,3,2,10\n",  # in the order of another column
+            "user,item,rating\n1,2,5\n1,3,4\n",
+            "user,item,title\n1,2,b\n1,3,a\n",
+            "user,item,when\n1,2,30\n2,3,10\n",  # no user has an order
+        ],
+    )
+    def test_no_warning(self, tmp_path, content):
+        assert len(load(write(tmp_path / "a.csv", content)).notes) == 1
+
+    def test_an_unused_time_column_of_parquet(self, tmp_path):
+        days = [datetime.date(2001, 1, 2), datetime.date(2001, 1, 1)]
+        path = write_parquet(tmp_path / "a.parquet", user=[1, 1], item=[1, 2], day=days, tags=[["a"], ["b"]])
+        assert "'day', which went unused" in load(path).notes[1]
+
+    def test_warnings_are_lines_of_their_own(self, tmp_path, capsys):
+        path = write(tmp_path / "a.csv", "user,item,when\n1,2,30\n1,3,10\n1,4,20\n")
+        assert main(["graph", "--data", str(path), "--part", "all", "--output-dir", str(tmp_path / "out")]) == 0
+        out, err = capsys.readouterr()
+        assert err.startswith("warning: no column has a usual name of times")
+        assert err.count("\n") == 1
+        assert "warning:" not in out
+
     def test_the_most_usual_name_is_taken(self, tmp_path):
         path = write(tmp_path / "a.csv", "asin,item_id,date,timestamp,user,reviewerID\n1,2,3,4,5,6\n")
         assert as_raw(load(path)) == {5: [(2, 4)]}
@@ -264,6 +321,180 @@ class TestIds:
 
         assert np.argwhere(np.asarray(graph.load(out / "weights.npz").todense())).tolist() == [[2, 3], [3, 2]]
 
+    @pytest.mark.parametrize(("ids", "numbers"), [(["7"], [1]), ([" 7"], [1]), (["007", "7.0", "+7", "1_0"], [0] * 4)])
+    def test_text_finds_integers_spelled_in_the_usual_way(self, ids, numbers):
+        assert item_numbers(np.array([0, 7, 10]), ids).tolist() == numbers
+
+    def test_spaces_at_the_ends_are_told(self, tmp_path):
+        data = load(write(tmp_path / "a.csv", "user,item,time\na,x,1\na ,y,2\na,x  ,3\nb,x,3\nb, x,4\n"))
+        assert data.item_ids[1:].tolist() == [" x", "x", "x  ", "y"]
+        told = "ids of {} differ from another only by spaces at their ends, such as {}; they are kept apart"
+        assert data.notes[1:] == (
+            "warning: 2 user " + told.format("'user'", "'a' and 'a '"),
+            "warning: 3 item " + told.format("'item'", "' x' and 'x'"),
+        )
+
+    @pytest.mark.parametrize("place", ["x\0,1", "1,x\0", "1,\0x"])
+    def test_nul_is_refused(self, tmp_path, place):
+        path = write(tmp_path / "a.csv", f"user,item\n1,x\n{place}\n")
+        with pytest.raises(ValueError, match=r"row 2 .*: the (user|item) id holds a NUL character; remove it"):
+            load(path)
+
+    def test_a_long_id_costs_what_it_is_long(self, tmp_path):
+        long = "é" * 1_000_000
+        rows = [(f"u{i % 7}", f"i{i}") for i in range(2000)] + [("u0", long), (long, "i0")]
+        path = write(tmp_path / "a.csv", text(rows, ",", ["user", "item"]))
+        data = load(path, time_column="none")
+        for ids in (data.item_ids, data.user_ids):
+            assert ids.dtype.kind == "T"
+            assert ids.tolist()[-1] == long
+        assert as_raw(data) == expected([(user, item, None) for user, item in rows])
+        assert item_numbers(data.item_ids, [long, "i0"]).tolist() == [2001, 1]
+
+        np.savez_compressed(tmp_path / "items.npz", **ids_to_arrays(data.item_ids))
+        with np.load(tmp_path / "items.npz", allow_pickle=False) as file:
+            again = ids_from_arrays(file)
+        assert again.dtype == data.item_ids.dtype
+        assert again.tolist() == data.item_ids.tolist()
+        names = {"np": np}
+        exec(ids_usage(data.item_ids, str(tmp_path / "items.npz")), names)
+        assert names["item_ids"].tolist() == data.item_ids.tolist()
+
+    @pytest.mark.parametrize("ids", [np.array([0, 3, 9]), np.array(["", "a", "bé"]), np.array(["", "a", "b"], object)])
+    def test_ids_are_kept_in_files(self, tmp_path, ids):
+        np.savez(tmp_path / "items.npz", **ids_to_arrays(ids))
+        with np.load(tmp_path / "items.npz", allow_pickle=False) as file:
+            assert list(file) == ["item_ids"]
+            assert ids_from_arrays(file).tolist() == ids.tolist()
+
+
+class TestItemTables:
+    """Attributes and titles come through the same reader as interactions."""
+
+    ROWS = (("0001", 'Good, "Bad"', "Drama|War"), ("007", "Ugly", "War"), ("12", "", ""), ("x ", "Té", "Drama"))
+
+    def files(self):
+        names = ("item_id", "title", "genres")
+        quoted = [tuple('"' + cell.replace('"', '""') + '"' for cell in row) for row in self.ROWS]
+        csv = text(quoted, ",", names)
+        tsv = text(self.ROWS, "\t", names)
+        json_text = "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in self.ROWS)
+        typed = text(self.ROWS, "\t", ["item_id:token", "title:token", "genres:token"])
+        frame = pl.DataFrame(dict(zip(names, zip(*self.ROWS, strict=True), strict=True)))
+        parquet = io.BytesIO()
+        frame.write_parquet(parquet)
+        return {
+            "a.csv": csv,
+            "a.csv.gz": csv,
+            "semicolons.csv": text(quoted, ";", names),
+            "a.tsv": tsv,
+            "a.TSV.gz": tsv,
+            "no suffix": tsv,
+            "movies.item": tsv,
+            "recbole.item": typed,
+            "commas.txt": csv,
+            "a.jsonl": json_text,
+            "a.json.gz": json_text,
+            "a.parquet": parquet.getvalue(),
+        }
+
+    def test_every_format_gives_the_same(self, tmp_path):
+        for name, content in self.files().items():
+            path = write(tmp_path / name, content)
+            items, genres = read_attributes(path)
+            found = list(zip(items.tolist(), genres.tolist(), strict=True))
+            assert found == [("0001", "Drama"), ("0001", "War"), ("007", "War"), ("x ", "Drama")], name
+            titles = read_titles(path)
+            assert {item: title for item, title in titles.items() if title} == {
+                "0001": 'Good, "Bad"',
+                "007": "Ugly",
+                "x ": "Té",
+            }, name
+
+    def test_ids_keep_their_zeros_and_their_edges(self, tmp_path, capsys):
+        data = write(tmp_path / "a.csv", "user,item\n1,0001\n1,12\n1,0002\n2,12\n2,0001\n")
+        table = write(tmp_path / "items.csv", "item_id,genres\n0001,A\n0002,A\n12,B\n")
+        out = tmp_path / "out"
+        arguments = ["graph", "--data", data, "--attributes", table, "--output-dir", out]
+        assert main([*map(str, arguments), "--part", "all"]) == 0
+        from sevo_optax import graph
+
+        weights = np.asarray(graph.load(out / "weights.npz").todense())
+        assert np.argwhere(weights).tolist() == [[1, 2], [2, 1]]  # '0001' and '0002'
+
+    def test_lists_and_sequences(self, tmp_path):
+        expected = [(1, "A"), (1, "B"), (3, "B")]
+        lists = {"item_id": [1, 2, 3], "genres": [["A", "B"], [], ["B"]]}
+        write_parquet(tmp_path / "a.parquet", **lists)
+        write(tmp_path / "a.json", json_lines(zip(*lists.values(), strict=True), tuple(lists)))
+        write(tmp_path / "a.item", "item_id:token\tgenres:token_seq\n1\tA B\n2\t\n3\tB\n")
+        columns = {"a.parquet": "genres", "a.json": "genres", "a.item": "genres:token_seq"}
+        for name, column in columns.items():
+            items, genres = read_attributes(tmp_path / name, attribute_column=column)
+            assert list(zip(items.tolist(), genres.tolist(), strict=True)) == expected, name
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.csv", "", r"^titles: .*a.csv is empty"),
+            ("a.csv", "id,name\n1,A\n", "^title_item_column: .*a.csv has no column 'item_id'; it has id, name"),
+            ("a.csv", "item_id,name\n1,A\n", "^title_column: .*a.csv has no column 'title'; it has item_id, name"),
+            ("a.csv", "item_id,title,title\n1,A,B\n", "title_column: .* has several columns 'title'"),
+            ("a.csv", "item_id,title\n1,A\n2,B,C\n", "^titles: .*a.csv, line 3, has 3 fields, but the first"),
+            ("a.csv", b"item_id,title\n1,\xff\n", "^titles: .*a.csv, line 2, is not UTF-8 text"),
+            ("a.json", '{"item_id": 1, "title": ["A"]}\n', "^title_column: 'title' of .* holds lists"),
+            ("a.json", "[" * 100_000, "^titles: .*a.json, line 1, is nested too deeply"),
+            ("a.parquet", "PAR1", "^titles: .*a.parquet cannot be read as parquet"),
+            ("a.csv", "item_id,title\nx\0,A\n", "^titles: .*, row 1 .*: the item id holds a NUL"),
+        ],
+    )
+    def test_refuses(self, tmp_path, name, content, message):
+        path = write(tmp_path / name, content)
+        with pytest.raises(ValueError, match=message) as caught:
+            read_titles(path)
+        assert "\n" not in str(caught.value)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"^attributes: .*/none.tsv does not exist; give a table with one"):
+            read_attributes(tmp_path / "none.tsv")
+        with pytest.raises(FileNotFoundError, match=r"^titles: .* is a folder; give a table"):
+            read_titles(tmp_path)
+
+
+class TestPipes:
+    @pytest.mark.parametrize("name", ["a.csv", "f.json", "g.json.gz", "a.parquet"])
+    def test_a_pipe_is_read(self, tmp_path, name):
+        if name == "a.parquet":
+            write_parquet(tmp_path / name, **dict(zip(NAMES, zip(*ROWS, strict=True), strict=True)))
+        else:
+            write(tmp_path / name, FILES[name])
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        content = (tmp_path / name).read_bytes()
+        writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+        writer.start()
+        data = load(pipe, data_format=SUFFIXES[Path(name.removesuffix(".gz")).suffix])
+        writer.join()
+        assert as_raw(data) == expected(ROWS)
+
+    def test_attributes_and_titles_from_pipes(self, tmp_path):
+        for number, read in enumerate([read_attributes, read_titles]):
+            pipe = tmp_path / str(number)
+            os.mkfifo(pipe)
+            writer = threading.Thread(target=pipe.write_bytes, args=(b"item_id\tgenres\ttitle\n1\tA\tB\n",))
+            writer.start()
+            read(pipe)
+            writer.join()
+
+    def test_standard_input(self):
+        code = "from models.data import load; print(load('/dev/stdin', data_format='csv'))"
+        done = subprocess.run([sys.executable, "-c", code], input=FILES["a.csv"], capture_output=True, text=True)
+        assert done.stdout.startswith("3 users, 3 items, 7 interactions"), done.stderr
+
+    def test_what_is_no_file(self):
+        with pytest.raises(FileNotFoundError, match="/dev/null is no file; give a file of interactions"):
+            load("/dev/null")
+
 
 class TestTimes:
     @pytest.mark.parametrize(
@@ -278,6 +509,26 @@ class TestTimes:
     def test_text(self, tmp_path, times, seconds):
         path = write(tmp_path / "a.csv", "user,item,time\n" + "".join(f"1,{i},{t}\n" for i, t in enumerate(times)))
         assert as_raw(load(path)) == expected([(1, i, second) for i, second in enumerate(seconds)])
+
+    @pytest.mark.parametrize(
+        ("times", "told"),
+        [
+            ([1_600_000_000, 1_600_000_001_000, 1_600_000_002], "2 look like seconds and 1 look like milliseconds"),
+            ([1.6e9, 1.6e15, 5.0], "1 look like seconds and 1 look like microseconds"),
+            ([1_600_000_000, 1_700_000_000, 1_800_000_000], None),
+            ([1, 2, 1_600_000_000_000], None),
+        ],
+    )
+    def test_mixed_units_are_told(self, tmp_path, times, told):
+        path = write(tmp_path / "a.csv", "user,item,ts\n" + "".join(f"1,{i},{t}\n" for i, t in enumerate(times)))
+        warnings = load(path).notes[1:]
+        if told is None:
+            assert warnings == ()
+        else:
+            assert warnings == (
+                f"warning: the times of 'ts' are mixed: {told} since 1970; bring them to one unit, or their order is "
+                "wrong",
+            )
 
     @pytest.mark.parametrize("dtype", [pl.Datetime("ms"), pl.Datetime("ns"), pl.Datetime("us", "Asia/Tokyo"), pl.Date])
     def test_dates_of_parquet(self, tmp_path, dtype):
