@@ -13,7 +13,7 @@ from models.data.interactions import Interactions
 from models.data.named import NAMED, fetch_named
 from models.data.rows import interactions_of
 from models.data.synthetic import drifting_interests
-from models.data.tables import TABLE_SUFFIXES, Source, open_table, suffix_of
+from models.data.tables import TABLE_SUFFIXES, Source, open_table, shortened, suffix_of
 from models.training.config import DataFormat, Duplicates
 
 # Suffix (before .gz) -> format.
@@ -92,7 +92,9 @@ def _read(
     header: bool,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Interactions:
-    named = NAMED.get(str(path)) if not path.is_file() else None
+    named = NAMED.get(str(path))
+    if named is not None and path.is_file():
+        named = None
     if named is not None:
         path = fetch_named(str(path), cache_dir)
     source = _source(path)
@@ -149,7 +151,7 @@ def _sequences(source: Source) -> Interactions:
             values = np.array(fields, dtype=np.int64)
         except (ValueError, OverflowError):
             bad = next((field for field in fields if not re.fullmatch(r"[+-]?[0-9]{1,18}", field)), fields[0])
-            raise ValueError(f"{where}: {bad!r} is no integer id; the format is 'user item item …'") from None
+            raise ValueError(f"{where}: {shortened(bad)} is no integer id; the format is 'user item item …'") from None
         if len(values) < 2:
             raise ValueError(f"{where}: user {values[0]} has no items; the format is 'user item item …'")
         user, items = int(values[0]), values[1:]

@@ -10,7 +10,7 @@ import numpy as np
 from models.data.ids import text_ids
 from models.data.interactions import Interactions
 from models.data.splits import seconds_since_1970
-from models.data.tables import Source, Table, listed
+from models.data.tables import Source, Table, listed, shortened
 
 if TYPE_CHECKING:
     import polars
@@ -69,7 +69,7 @@ class Rows:
         place = bad.arg_max() if bad.any() else None
         if place is not None:
             found = values[place]
-            shown = "" if found is None or found == "" else f"{found!r}: "
+            shown = "" if found is None or found == "" else f"{shortened(found)}: "
             raise ValueError(
                 f"{self}, row {self.number(place)} (a header not counted), column {values.name!r}: {shown}{reason}"
             )
@@ -252,7 +252,7 @@ def _has_value(rows: Rows, column: "polars.Series", values: list[str]) -> "polar
     found = spelled.unique(maintain_order=True).to_list()
     matching = [text for text in found if text is not None and any(_same(text, value) for value in values)]
     if not matching:
-        shown = [repr(text) for text in found[:SHOWN] if text is not None]
+        shown = [shortened(text) for text in found[:SHOWN] if text is not None]
         more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
         raise ValueError(
             f"where: no row of {rows.source.path} has {column.name}={' or '.join(values)}; "
@@ -332,7 +332,7 @@ def _similar(ids: "polars.Series", what: str) -> str | None:
     if alike.is_empty():
         return None
     first = bare.filter(bare.is_duplicated())[0]
-    shown = [repr(text) for text in alike.to_list() if text.strip() == first][:2]
+    shown = [shortened(text) for text in alike.to_list() if text.strip() == first][:2]
     return (
         f"{len(alike):,} {what} ids of {ids.name!r} differ from another only by spaces at their ends, such as "
         f"{' and '.join(shown)}; they are kept apart"
@@ -378,8 +378,8 @@ def _times_from_text(rows: Rows, times: "polars.Series", advice: str) -> "polars
             seconds.append(seconds_since_1970(text.strip()))
         except ValueError:
             raise ValueError(
-                f"{rows}, row {rows.number(place)}, column {times.name!r}: {text!r} is neither a number nor a date "
-                f"such as 2001-12-31 or 2001-12-31T23:59:59; {advice}"
+                f"{rows}, row {rows.number(place)}, column {times.name!r}: {shortened(text)} is neither a number nor a "
+                f"date such as 2001-12-31 or 2001-12-31T23:59:59; {advice}"
             ) from None
     return polars.Series(seconds, dtype=polars.Float64)
 

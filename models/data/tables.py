@@ -35,6 +35,7 @@ TABLE_SUFFIXES: dict[str, TableFormat] = {
 }
 SAMPLE_ROWS = 1000
 LISTED = 30
+LONGEST_SHOWN = 80
 GZIP = b"\x1f\x8b"
 SEQUENCE_TYPES = ("token_seq", "float_seq")
 
@@ -46,8 +47,17 @@ def suffix_of(path: Path) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """Names in one line, at most :data:`LISTED` of them."""
-    shown = [name if name.isprintable() else repr(name) for name in names[:LISTED]]
+    shown = [name if name.isprintable() and name else repr(name) for name in names[:LISTED]]
     return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def shortened(value: Any) -> str:
+    """How a value is shown in an error."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deep {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 4]}...{text[-1]}"
 
 
 class Source:
@@ -67,12 +77,13 @@ class Source:
         """
         self.path, self.option = path, option
         self._content: bytes | None = None
-        if not path.is_file() and not path.is_fifo():
-            what = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"{self} {what}; give {wanted}")
-        if path.is_fifo():
-            with self._explaining():
+        with self._explaining():
+            pipe, there = path.is_fifo(), path.exists()
+            if pipe:
                 self._content = path.read_bytes()
+        if not pipe and not path.is_file():
+            what = "is a folder" if path.is_dir() else "is no file" if there else "does not exist"
+            raise FileNotFoundError(f"{self} {what}; give {wanted}")
 
     def __str__(self) -> str:
         return f"{self.option}: {self.path}"
@@ -401,9 +412,9 @@ def _json_column(source: Source, name: str, values: list[Any], lists: bool) -> "
         return _regrouped(_json_column(source, name, parts, lists=False).cast(polars.String), lengths)
     for row, value in enumerate(values, start=1):
         if isinstance(value, bool | list | dict):
-            raise ValueError(f"{source}, row {row}: {name!r} is {_short(value)}; it must be a number or text")
+            raise ValueError(f"{source}, row {row}: {name!r} is {shortened(value)}; it must be a number or text")
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= sign <= "\udfff" for sign in value):
-            raise ValueError(f"{source}, row {row}: {name!r} is {_short(value)}, which lacks half of a character")
+            raise ValueError(f"{source}, row {row}: {name!r} is {shortened(value)}, which lacks half of a character")
     if str in kinds or any(isinstance(value, int) and abs(value) >= 2**63 for value in values):
         return polars.Series(name, [None if v is None else str(v) for v in values], dtype=polars.String)
     return polars.Series(name, values, dtype=polars.Float64 if float in kinds else polars.Int64)
@@ -416,15 +427,6 @@ def _regrouped(parts: "polars.Series", lengths: list[int | None]) -> "polars.Ser
     remaining = iter(parts.to_list())
     lists = [None if length is None else list(itertools.islice(remaining, length)) for length in lengths]
     return polars.Series(parts.name, lists, dtype=polars.List(polars.String))
-
-
-def _short(value: Any) -> str:
-    """How a value is shown in an error."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a deep {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _reason(error: BaseException) -> str:

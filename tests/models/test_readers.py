@@ -571,6 +571,11 @@ class TestTimes:
             ([1.0, None], f"row 2 .*{MISSING}"),
             ([float("nan"), 1.0], "row 1 .*: nan: the time is no finite number"),
             ([3, -1], "row 2 .*: -1: the time is negative"),
+            (
+                pl.Series([1, 2**64 - 1], dtype=pl.UInt64),
+                "row 2 .*: 18446744073709551615: the time does not fit 64 bits",
+            ),
+            ([datetime.time(1), datetime.time(2)], "column 'time' holds Time, but times are numbers or dates"),
             ([True, False], "column 'time' holds Boolean, but times are numbers or dates"),
         ],
     )
@@ -628,6 +633,36 @@ class TestBadFiles:
             ("a.csv", "user,item\n1,x\n1,  \n", "row 2 .*, column 'item': '  ': the item id is missing"),
             ("a.csv", "user,item\n1,2\n\n3,4\n", "row 2 .*, column 'user': the user id is missing"),
             ("a.csv", "user,item\n1,2\n3\n", "row 2 .*, column 'item': the item id is missing"),
+            ("a.json", "[" * 100_000, "line 1, is nested too deeply to be read; the format is one object a line"),
+            ("a.json", '{"user":' * 100_000, "line 1, is nested too deeply"),
+            ("a.json", '{"user": 1, "item": ' + "9" * 5000 + "}", "line 1, is no JSON .*4300 digits"),
+            (
+                "a.json",
+                '{"user": "\\ud800", "item": 2}',
+                r"row 1: 'user' is '\\ud800', which lacks half of a character",
+            ),
+            ("a.json", '{"user": 1, "item": Infinity}', "column 'item': inf: the item id must be an integer or text"),
+            ("a.json", '{"user": 1, "item": 2, "time": true}', "column 'time' holds Boolean, but times are"),
+            ("a.json", "null", "line 1, is no JSON object"),
+            ("a.json", "{}\n{}", "user_column: no column of"),
+            ("a.csv", "\0", r"user_column: no column of .* say which of '\\x00' it is"),
+            ("a.csv", '"', "cannot be read as a table"),
+            ("a.csv", "user,item,item\n1,2,3\n", "item_column: .* has several columns 'item'; rename all but one"),
+            ("a.csv", ",,\n1,2,3\n", "say which of '', '', '' it is"),
+            ("a.csv", f"user,item,time\n1,2,3\n1,2,{'x' * 999}\n", "'x{75}...': the time is no number"),
+            ("a.csv", ",".join(f"c{i}" for i in range(5000)), "say which of c0, c1, .*, c29 and 4970 more it is"),
+            ("a.csv", "\r\r", "is empty"),
+            ("a.csv", b"\x1f\x8b", "is damaged or cut short .*; get the file again"),
+            ("a.txt", "²  1\n", "line 1: '²' is no integer id"),
+            ("a.txt", "1 ++1\n", r"line 1: '\+\+1' is no integer id"),
+            ("a.txt", f"1 2\n2 {'9' * 5000}\n", "line 2: '9{75}...' is no integer id"),
+            ("a.txt", "\0 1 2\n", r"line 1: '\\x00' is no integer id"),
+            ("a.dat", "::", "row 1 .*, column '1': the user id is missing"),
+            (
+                "a.inter",
+                "user_id:token\titem_id:token\ttimestamp:float\n1\t2\tx\n",
+                "'x' is neither a number nor a date",
+            ),
             ("a.xyz", "1 2 3\n", "the suffix of .*a.xyz says nothing of its format; rename it to one of .csv, .tsv"),
             ("none", "1 2 3\n", "or give --data-format {csv,tsv,parquet"),
         ],
@@ -671,6 +706,19 @@ class TestBadFiles:
             load(tmp_path / "a.csv")
         with pytest.raises(FileNotFoundError, match="is a folder"):
             load(tmp_path)
+        with pytest.raises(ValueError, match=r"cannot be read \(File name too long\); give another file"):
+            load(tmp_path / ("x" * 300))
+        for name in ("a\0b", "a\ud800b"):
+            with pytest.raises(FileNotFoundError, match="does not exist"):
+                load(tmp_path / name)
+
+    @pytest.mark.parametrize("option", ["user_column", "item_column", "time_column", "rating_column"])
+    @pytest.mark.parametrize("name", ["\ud800", "\0", "\n", ""])
+    def test_names_that_are_none(self, tmp_path, option, name):
+        path = write(tmp_path / "a.csv", FILES["a.csv"])
+        with pytest.raises(ValueError, match=f"^{option}: .* has no column .*; it has user_id") as caught:
+            load(path, min_rating=1, **{option: name})
+        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(("ids", "kind"), [([[1], [2]], "List"), ([True, False], "Boolean"), ([b"a", b"b"], "Bin")])
     def test_ids_that_are_none(self, tmp_path, ids, kind):
@@ -692,6 +740,118 @@ class TestBadFiles:
     def test_missing_ids_of_parquet(self, tmp_path, ids, message):
         with pytest.raises(ValueError, match=message):
             load(write_parquet(tmp_path / "a.parquet", user=[1, 2], item=ids))
+
+
+class TestChoosingRows:
+    EVENTS = (
+        ("u1", "a", "view", 5.0, 1),
+        ("u1", "b", "purchase", 3, 2),
+        ("u2", "b", "cart", 4, 1),
+        ("u2", "c", "purchase", 3.5, 3),
+        ("u2", "a", "view", 1, 2),
+    )
+    NAMES = ("user", "item", "event", "rating", "time")
+
+    @pytest.fixture(params=["csv", "tsv", "json", "parquet"])
+    def path(self, request, tmp_path):
+        path = tmp_path / f"a.{request.param}"
+        if request.param == "parquet":
+            columns = [
+                list(map(float, c)) if n == "rating" else c
+                for n, c in zip(self.NAMES, zip(*self.EVENTS, strict=True), strict=True)
+            ]
+            return write_parquet(path, **dict(zip(self.NAMES, columns, strict=True)))
+        if request.param == "json":
+            return write(path, json_lines(self.EVENTS, self.NAMES))
+        return write(path, text(self.EVENTS, "," if request.param == "csv" else "\t", self.NAMES))
+
+    @pytest.mark.parametrize(
+        ("options", "kept"),
+        [
+            ({"min_rating": 3.5}, [0, 2, 3]),
+            ({"min_rating": -1}, range(5)),
+            ({"min_rating": 2, "rating_column": "time"}, [1, 3, 4]),
+            ({"where": ["event=purchase"]}, [1, 3]),
+            ({"where": ("event=purchase", "event=cart")}, [1, 2, 3]),
+            ({"where": ["event=view", "user=u2"]}, [4]),
+            ({"where": ["rating=3.50"]}, [3]),
+            ({"where": ["time=2"], "min_rating": 2}, [1]),
+        ],
+    )
+    def test_rows_that_stay(self, path, options, kept):
+        assert as_raw(load(path, **options)) == expected([self.EVENTS[row] for row in kept])
+
+    def test_what_is_left_out_is_told(self, path):
+        data = load(path, where=["event=purchase", "event=view"], min_rating=3)
+        assert data.notes[1:] == (
+            "event is purchase or view: kept 4 rows",
+            "rating at least 3: 1 rows left out",
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"where": ["event=buy"]}, r"no row of .* has event=buy; its values are 'view', 'purchase', 'cart'$"),
+            ({"where": ["kind=view"]}, "^where: .* has no column 'kind'; it has .*user, item, event, rating, time$"),
+            (
+                {"where": ["event"]},
+                "^where must be column=value, such as event=purchase, got 'event'; the columns are",
+            ),
+            ({"where": ["event="]}, "^where must be column=value"),
+            ({"where": ["event=\ud800"]}, "no row of .* has event=.*; its values are 'view'"),
+            ({"where": ["event=view", "item=b"]}, "^where: no row of .* has item=b; its values are 'a'$"),
+            ({"min_rating": 6}, "^min_rating: no row of .* has a rating of at least 6; the largest in 'rating' is 5"),
+            ({"min_rating": float("nan")}, "^min_rating must be a finite number, got nan"),
+            ({"min_rating": 1, "rating_column": "event"}, "column 'event': 'view': the rating is no number; correct"),
+            (
+                {"min_rating": 1, "rating_column": "x"},
+                "^rating_column: .* has no column 'x'; it has .*user, item, event",
+            ),
+            (
+                {"rating_column": "rating"},
+                "^rating_column: 'rating' is read only to compare with min_rating; give both",
+            ),
+        ],
+    )
+    def test_refuses(self, path, options, message):
+        with pytest.raises(ValueError, match=message):
+            load(path, **options)
+
+    def test_without_a_header_the_third_column_is_the_rating(self, tmp_path):
+        path = write(tmp_path / "ratings.dat", FILES["ratings.dat"])
+        assert as_raw(load(path, min_rating=3)) == expected([row for row in ROWS if row[2] >= 3])
+        assert as_raw(load(path, where=["3=2"])) == expected([row for row in ROWS if row[2] == 2])
+
+    def test_bad_rows_that_are_left_out_do_not_matter(self, tmp_path):
+        path = write(
+            tmp_path / "a.csv", "user,item,event,time\n,,login,\n1,a,buy,5\n1,,search,6\n1,b,buy,4\n1,c,buy,x\n"
+        )
+        with pytest.raises(ValueError, match=r"row 5 .*: 'x': the time is no number"):  # counted in the file
+            load(path, where=["event=buy"])
+        path = write(tmp_path / "b.csv", "user,item,event\n,,login\n1,a,buy\n")
+        assert as_raw(load(path, where=["event=buy"])) == {1: [("a", None)]}
+
+    def test_missing_ratings_and_values(self, tmp_path):
+        path = write(tmp_path / "a.csv", "user,item,rating,event\n1,2,5,\n1,3,,buy\n")
+        with pytest.raises(ValueError, match=r"row 2 .*, column 'rating': the rating is no number"):
+            load(path, min_rating=1)
+        assert as_raw(load(path, where=["event=buy"])) == {1: [(3, None)]}
+
+    def test_no_column_of_ratings(self, tmp_path):
+        path = write(tmp_path / "a.csv", "user,item,opinion\n1,2,5\n")
+        with pytest.raises(
+            ValueError, match=r"^min_rating: no column of .* has a usual name of ratings; say with --rat"
+        ):
+            load(path, min_rating=4)
+        assert as_raw(load(path, min_rating=4, rating_column="opinion")) == {1: [(2, None)]}
+
+    @pytest.mark.parametrize("options", [{"min_rating": 4}, {"where": ["a=b"]}, {"user_column": "x"}])
+    def test_where_there_are_no_columns(self, tmp_path, options):
+        name = next(iter(options))
+        with pytest.raises(ValueError, match=f"^{name}: .*a.txt is read as S3-Rec text, which has no columns"):
+            load(write(tmp_path / "a.txt", "1 2 3\n"), **options)
+        with pytest.raises(ValueError, match=f"^{name}: the embedded data is used, which has no columns"):
+            load(**options)
 
 
 # Whatever a text field may hold; line ends and NUL are left to csv's own rules.
@@ -745,6 +905,15 @@ class TestCommandLine:
         status, printed, _ = self.run(capsys, "graph", "--data", path, *options)
         assert status == 0
         assert "users from '1', items from '2', in the order of the file\n" in printed
+
+    def test_choosing_rows(self, tmp_path, capsys):
+        path = write(tmp_path / "a.csv", text(TestChoosingRows.EVENTS, ",", TestChoosingRows.NAMES))
+        options = ["--where", "event=purchase", "event=view", "--min-rating", 3, "--part", "all"]
+        status, printed, _ = self.run(capsys, "graph", "--data", path, *options, "--output-dir", tmp_path / "out")
+        assert status == 0
+        assert "event is purchase or view: kept 4 rows\n" in printed
+        assert "rating at least 3: 1 rows left out\n" in printed
+        assert f"{path}: 2 users, 3 items, 3 interactions" in printed
 
     def test_every_option_of_the_source_is_passed_on(self, tmp_path):
         path = write(tmp_path / "a.xyz", text(ROWS, "\t"))
