@@ -257,7 +257,7 @@ def test_graph_of_attributes(data, tmp_path, capsys):
         ("item_id\tgenres\nx\tDrama\n", [], "is among the items of"),
         ("item_id\tgenres\n1\t\n", [], "no item of"),
         ("item_id\tgenres\n99\tDrama\n", [], "99"),
-        ("", [], "cannot be read as a table"),
+        ("", [], "items.tsv is empty"),
         (None, [], "does not exist"),
     ],
 )

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
-from models.commands import read_titles
 from models.config import SourceConfig
-from models.data import Interactions, item_numbers, leave_one_out, load_interactions
+from models.data import Interactions, item_numbers, leave_one_out, load_interactions, read_titles
 from models.evaluation.ranking import FullRanking
 from models.serving import trained as serving
 from models.serving.trained import TrainedModel, evaluate, in_catalogue
@@ -230,7 +229,7 @@ def test_recommend_to_every_user_of_a_file(sasrec, recommender, tmp_path, capsys
         (["--histories", "none.csv"], "none.csv does not exist"),
         (["--history", "item 1", "--titles", "none.tsv"], "titles: none.tsv does not exist"),
         (["--history", "item 1", "--titles", "titles.csv"], "title_item_column: titles.csv has no column 'item_id'"),
-        (["--history", "item 1", "--titles", "bad.csv"], "titles: bad.csv cannot be read as a table"),
+        (["--history", "item 1", "--titles", "bad.csv"], "titles: bad.csv, line 2, is not UTF-8 text"),
     ],
 )
 def test_bad_options(sasrec, tmp_path, monkeypatch, capsys, options, message):
