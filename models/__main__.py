@@ -1,11 +1,9 @@
 """The command line: ``python -m models train``, ``compare``, ``graph`` and more."""
 
-import contextlib
 import dataclasses
 import functools
-import io
 import operator
-import re
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from models.commands import Evaluate, Export, Recommend, load_and_describe
+from models.parsing import parse
 from models.reproduce import Reproduce
+from models.training import progress
 from models.training.config import Optimizer, SourceConfig, TrainConfig
 from models.training.files import make_folder
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 # JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
 
 PROGRAM = "python -m models"
+DESCRIPTION = "Trains, compares and uses recommenders. --version instead of a command says which release this is."
 USAGE_ERROR = 2
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,8 @@ class RunOptions:
     """Go on from the newest checkpoint, if there is one; a finished run is kept as it is."""
     overwrite: bool = False
     """Remove a run that the output folder already holds."""
+    quiet: bool = False
+    """Show no progress, only what is trained on and what came out."""
 
     def _check_output(self) -> None:
         if self.resume and self.overwrite:
@@ -173,18 +177,6 @@ def _prepare(config: TrainConfig, output_dir: Path) -> "Prepared":
     return prepared
 
 
-def _one_line(box: str) -> str:
-    """The message inside the frame that the parser draws around an error."""
-    text = " ".join(re.sub(r"[╭╮╰╯│─]|-{3,}|[|+]|\x1b\[[0-9;]*m", " ", box).split())
-    for advice in ["For full helptext", "Argument helptext", "Arguments are applied", "Perhaps you meant"]:
-        text = text.split(advice)[0]
-    text = re.sub(r"\(applied to [^)]*\)", "", text)
-    text = re.sub(r"no type matching .* - <class '\w+'>: ", "", text)  # an option that may be left out
-    for title in ["Unrecognized options", "Value error", "Missing argument", "Missing subcommand", "Invalid choice"]:
-        text = text.removeprefix(title).strip()
-    return " ".join(text.split()).rstrip(" .")
-
-
 def _parser(defaults: Mapping[str, Any]) -> Any:
     """The union of all commands; ``defaults`` replace those of the commands that train."""
     commands = []
@@ -205,28 +197,39 @@ def _preset(arguments: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
-def _parse(arguments: Sequence[str]) -> Any:
-    """Parses the command line.
+def _version() -> str:
+    from sevo_optax import __version__
 
-    Raises:
-      ValueError: with one line, if the arguments do not fit.
-    """
-    framed = io.StringIO()
-    defaults = _preset(arguments)
-    try:
-        with contextlib.redirect_stderr(framed):
-            return tyro.cli(_parser(defaults), prog=PROGRAM, args=list(arguments))
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
-    raise ValueError(f"{_one_line(framed.getvalue())}; see {' '.join([PROGRAM, *command.split(), '--help'])}")
+    return f"sevo-optax {__version__}"
+
+
+def _printable() -> None:
+    """Has streams that cannot hold a character take its escape instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if list(arguments) == ["--version"]:
+        print(_version())
+        return
+    parser = _parser(_preset(arguments))
+    command = parse(parser, arguments, commands=COMMANDS, prog=PROGRAM, description=DESCRIPTION)
+    with progress.silent(getattr(command, "quiet", False)):
+        command.run()
+    sys.stdout.flush()  # here, where a full disk can still be reported
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 2 for bad input, 130 when interrupted."""
+    _printable()
     try:
-        _parse(sys.argv[1:] if arguments is None else arguments).run()
+        _run(sys.argv[1:] if arguments is None else arguments)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; there is nobody to tell, and nothing more to write at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

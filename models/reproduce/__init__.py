@@ -35,6 +35,8 @@ class Reproduce:
     2 GiB of memory for each; on an accelerator one)."""
     report: bool = False
     """Write tables and pictures from the cells that are there, and train nothing."""
+    quiet: bool = False
+    """Show no progress of the runs, only which are trained and what came out."""
     results_dir: Path = Path("results")
     """Folder for the cells, README.md and the pictures."""
     work_dir: Path = Path("runs/reproduce")
