@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from models.checks import check_numbers, check_split
 from models.commands import Evaluate, Export, Recommend, load_and_describe
 from models.parsing import parse
 from models.reproduce import Reproduce
@@ -93,6 +94,7 @@ class Compare(TrainConfig, RunOptions):
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         config = _config(self)
+        check_numbers(dataclasses.replace(config, seed=config.seed + self.seeds - 1))  # the last of them
         prepared = _prepare(config, self.output_dir)
         results = compare.compare(
             prepared, config, self.output_dir, seeds=self.seeds, resume=self.resume, overwrite=self.overwrite
@@ -127,6 +129,12 @@ class Graph(SourceConfig):
 
     def run(self) -> None:
         """Builds the graph, and prints its summary and where the pictures are."""
+        check_numbers(self)
+        check_split(self)
+        if self.part == "all" and self.split != "leave-one-out":
+            raise ValueError(f"split is not heeded with part all, got {self.split}; leave it out or give --part train")
+        if self.attributes is not None:
+            self._check_unheeded("attributes", ("graph_max_length", "keep", "max_hops", "weighting"))
         from models import graphs
 
         make_folder("output_dir", self.output_dir)
@@ -148,6 +156,15 @@ class Graph(SourceConfig):
         print(title)
         for line in graphs.describe(adjacency, title, self.output_dir):
             print(line)
+
+    def _check_unheeded(self, option: str, names: Sequence[str]) -> None:
+        """Refuses options that have no effect beside another one."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != usual[name]:
+                raise ValueError(
+                    f"{name} is not heeded with --{option}, got {getattr(self, name)}; leave one of them out"
+                )
 
 
 COMMANDS: dict[str, Any] = {

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from models.checks import QUANTILES
 from models.training.config import SELECTION, Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
 from models.training.files import make_folder, write_bytes, write_json, write_text
 
@@ -187,6 +188,10 @@ class Evaluate:
         names += ("split", "split_quantiles", "split_times")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if "split_quantiles" in given:
+            given.setdefault("split_times", None)
+        if given.get("split_times") is not None or given.get("split") == "leave-one-out":
+            given.setdefault("split_quantiles", QUANTILES)
+        if given.get("split") == "leave-one-out":
             given.setdefault("split_times", None)
         if self.exclude_seen or self.include_seen:
             given["exclude_seen"] = self.exclude_seen

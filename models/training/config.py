@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+from models.checks import check_numbers, check_split
+
 if TYPE_CHECKING:
     from models.data import Interactions, Split
 
@@ -237,14 +239,19 @@ class TrainConfig(OptimizerConfig, ModelConfig, DataConfig):
         return cls(**values)
 
     def _check(self) -> None:
+        check_numbers(self)
+        check_split(self)
         positive = ["max_length", "embedding_dim", "num_heads", "graph_max_length", "max_hops", "epochs", "batch_size"]
         for name in [*positive, "eval_every", "num_negatives"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ["min_user_interactions", "min_item_interactions", "num_layers"]:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ["num_blocks", "seed", "weight_decay", "negative_power", "warmup_epochs"]:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ["b1", "b2", "dropout_rate"]:
+        for name in ["b1", "b2", "beta", "dropout_rate"]:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.gbce_t <= 1:

@@ -1,0 +1,58 @@
+"""Checks of options that need no data: made before anything is read."""
+
+import dataclasses
+import math
+from typing import Any
+
+LARGEST_FLOAT = 3.4028235e38  # of float32, which everything is computed in
+LARGEST_INT = 2**31 - 1  # of int32; random keys repeat themselves beyond 32 bits
+QUANTILES = (0.8, 0.9)
+
+
+def check_numbers(options: Any) -> None:
+    """Checks that the arrays of a run can hold every number among the options.
+
+    Args:
+      options: a dataclass.
+
+    Raises:
+      ValueError: if a number is infinite or NaN, or too large for float32 or int32.
+
+    Examples:
+      >>> from models.training.config import TrainConfig
+      >>> check_numbers(TrainConfig(learning_rate=float("inf")))
+      Traceback (most recent call last):
+      ValueError: learning_rate must be a finite number, got inf
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not (math.isfinite(number) and abs(number) <= LARGEST_FLOAT):
+                size = "" if not math.isfinite(number) else f" of at most {LARGEST_FLOAT:g}"
+                raise ValueError(f"{field.name} must be a finite number{size}, got {number:g}")
+            if isinstance(number, int) and abs(number) > LARGEST_INT:
+                digits = str(number) if number.bit_length() < 128 else f"a number of {number.bit_length()} bits"
+                raise ValueError(f"{field.name} must be at most {LARGEST_INT}, got {digits}")
+
+
+def check_split(options: Any) -> None:
+    """Checks that the options of a split belong to the split that is chosen.
+
+    Args:
+      options: a dataclass with ``split``, ``split_quantiles`` and ``split_times``.
+
+    Raises:
+      ValueError: if one would not be heeded.
+    """
+    given = []
+    if options.split_times is not None:
+        given.append("split_times")
+    if options.split_quantiles != QUANTILES:
+        given.append("split_quantiles")
+    if options.split != "global-time" and given:
+        raise ValueError(
+            f"{given[0]} is not heeded by split {options.split}, got {' '.join(map(str, getattr(options, given[0])))}; "
+            "leave it out or give --split global-time"
+        )
+    if len(given) > 1:
+        raise ValueError("split_times and split_quantiles exclude each other; give one of them")
