@@ -1,6 +1,7 @@
 """The command line: ``python -m models train``, ``compare``, ``graph`` and more."""
 
 import dataclasses
+import errno
 import functools
 import operator
 import os
@@ -13,6 +14,7 @@ import tyro
 
 from models.checks import check_numbers, check_split
 from models.commands import Evaluate, Export, Recommend, load_and_describe
+from models.memory import out_of_memory_told
 from models.parsing import parse
 from models.reproduce import Reproduce
 from models.training import progress
@@ -29,6 +31,7 @@ DESCRIPTION = "Trains, compares and uses recommenders. --version instead of a co
 USAGE_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,13 +230,29 @@ def _printable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _output_fails() -> bool:
+    """Whether standard output cannot be written to. If it can, this leaves an empty line there."""
+    try:
+        print(flush=True)
+    except OSError:
+        _drop_output()
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """Has what still waits to be written vanish, or the interpreter would complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(arguments: Sequence[str]) -> None:
     if list(arguments) == ["--version"]:
         print(_version())
+        sys.stdout.flush()
         return
     parser = _parser(_preset(arguments))
     command = parse(parser, arguments, commands=COMMANDS, prog=PROGRAM, description=DESCRIPTION)
-    with progress.silent(getattr(command, "quiet", False)):
+    with progress.silent(getattr(command, "quiet", False)), out_of_memory_told():
         command.run()
     sys.stdout.flush()  # here, where a full disk can still be reported
 
@@ -244,10 +263,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:
-        # Whoever read the output has seen enough; there is nobody to tell, and nothing more to write at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has seen enough
         return BROKEN_PIPE
-    except (ValueError, TypeError, OSError) as error:
+    except OSError as error:
+        full = error.errno in FULL
+        where = error.filename or ("standard output" if full and _output_fails() else "")
+        reason = f"{where}: {error.strerror}" if where and error.strerror else str(error)
+        advice = "; make room, then go on with --resume" if full else ""
+        print(f"error: {reason}{advice}", file=sys.stderr)
+        return USAGE_ERROR
+    except (ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt as stop:

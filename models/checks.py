@@ -7,6 +7,15 @@ from typing import Any
 LARGEST_FLOAT = 3.4028235e38  # of float32, which everything is computed in
 LARGEST_INT = 2**31 - 1  # of int32; random keys repeat themselves beyond 32 bits
 QUANTILES = (0.8, 0.9)
+SAMPLED_LOSSES = ("sampled-softmax", "gbce")
+# The losses that heed an option.
+LOSS_OPTIONS = {
+    "num_negatives": SAMPLED_LOSSES,
+    "negatives": SAMPLED_LOSSES,
+    "negative_power": SAMPLED_LOSSES,
+    "logq_correction": ("sampled-softmax",),
+    "gbce_t": ("gbce",),
+}
 
 
 def check_numbers(options: Any) -> None:
@@ -56,3 +65,21 @@ def check_split(options: Any) -> None:
         )
     if len(given) > 1:
         raise ValueError("split_times and split_quantiles exclude each other; give one of them")
+
+
+def check_loss(options: Any) -> None:
+    """Checks that the options of a loss belong to the loss that is chosen.
+
+    Args:
+      options: a dataclass with ``loss`` and the options in ``LOSS_OPTIONS``.
+
+    Raises:
+      ValueError: if one would not be heeded.
+    """
+    usual = {field.name: field.default for field in dataclasses.fields(options)}
+    for name, losses in LOSS_OPTIONS.items():
+        value = getattr(options, name)
+        if options.loss not in losses and value != usual[name]:
+            raise ValueError(
+                f"{name} is not heeded by loss {options.loss}, got {value}; leave it out or give --loss {losses[0]}"
+            )

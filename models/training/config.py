@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from models.checks import check_numbers, check_split
+from models.checks import check_loss, check_numbers, check_split
 
 if TYPE_CHECKING:
     from models.data import Interactions, Split
@@ -266,3 +266,4 @@ class TrainConfig(OptimizerConfig, ModelConfig, DataConfig):
             raise ValueError(f"ks must be one or more numbers of at least 1, got {self.ks}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be smaller than epochs, {self.epochs}, got {self.warmup_epochs}")
+        check_loss(self)

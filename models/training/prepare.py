@@ -6,6 +6,7 @@ from typing import Any
 
 from models.data import Interactions, Split, UnseenItems, pack
 from models.graphs import item_cooccurrence
+from models.memory import check_memory, training_needs
 from models.registry import MODELS
 from models.training.config import TrainConfig
 from models.training.evaluation import FullRanking
@@ -38,7 +39,12 @@ class Prepared:
 
 
 def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
-    """Splits, packs and copies to the device; builds the graph from the training part alone."""
+    """Splits, packs and copies to the device; builds the graph from the training part alone.
+
+    Raises:
+      OutOfMemoryError: if training would need more memory than there is.
+    """
+    check_memory(training_needs(config, interactions), config)
     kind = MODELS[config.model]
     split = config.split_interactions(interactions)
     ranking = partial(FullRanking.prepare, model=kind, max_length=config.max_length, exclude_seen=config.exclude_seen)

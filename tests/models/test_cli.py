@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_a_full_disk_is_one_line(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("models.training.run.write_text", full)
     status, _, err = run(capsys, "train", "--data", data, "--output-dir", tmp_path / "out", *SMALL)
     assert status == 2
-    assert "No space left on device" in err
+    assert f"{tmp_path / 'history.jsonl'}: No space left on device; make room" in err
     assert err.splitlines()[-1].startswith("error: ")
 
 
@@ -202,6 +203,11 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["train", "--split-times", "1", "2"], "split_times is not heeded by split leave-one-out, got 1 2; leave it"),
         (["compare", "--split-quantiles", "0.1", "0.2"], "split_quantiles is not heeded by split leave-one-out"),
         (["graph", "--split-times", "1", "2"], "split_times is not heeded by split leave-one-out"),
+        (
+            ["train", "--num-negatives", "9"],
+            "num_negatives is not heeded by loss bce, got 9; leave it out",
+        ),
+        (["train", "--loss", "gbce", "--no-logq-correction"], "logq_correction is not heeded by loss gbce, got False"),
         (["graph", "--split", "global-time", "--part", "all"], "split is not heeded with part all"),
         (["graph", "--attributes", "x", "--max-hops", "3"], "max_hops is not heeded with --attributes, got 3"),
         (
@@ -261,6 +267,22 @@ def test_nobody_reads_the_output():
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_is_full(unbuffered):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "models", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output: No space left on device")
+    assert done.stderr.count("\n") == 1
 
 
 def test_progress_and_quiet(data, tmp_path, capsys):
