@@ -201,7 +201,9 @@ def _parser(defaults: Mapping[str, Any]) -> Any:
     """The union of all commands; ``defaults`` replace those of the commands that train."""
     commands = []
     for name, command in COMMANDS.items():
-        options = {"default": command(**defaults)} if issubclass(command, TrainConfig) else {}
+        known = {field.name for field in dataclasses.fields(command)}
+        fitting = {field: value for field, value in defaults.items() if field in known}
+        options = {"default": command(**fitting)} if issubclass(command, TrainConfig) else {}
         commands.append(Annotated[command, tyro.conf.subcommand(name, prefix_name=False, **options)])
     return functools.reduce(operator.or_, commands)
 
@@ -250,8 +252,10 @@ def _run(arguments: Sequence[str]) -> None:
         print(_version())
         sys.stdout.flush()
         return
-    parser = _parser(_preset(arguments))
-    command = parse(parser, arguments, commands=COMMANDS, prog=PROGRAM, description=DESCRIPTION)
+    preset = _preset(arguments)
+    command = parse(_parser(preset), arguments, commands=COMMANDS, prog=PROGRAM, description=DESCRIPTION)
+    if isinstance(command, Compare) and "optimizer" in preset:
+        print(f"note: compare trains every optimizer, not only the preset's {preset['optimizer']}", file=sys.stderr)
     with progress.silent(getattr(command, "quiet", False)), out_of_memory_told():
         command.run()
     sys.stdout.flush()  # here, where a full disk can still be reported
