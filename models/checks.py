@@ -1,11 +1,13 @@
-"""Checks of options that need no data: made before anything is read."""
+"""Checks that need no data: of options, before anything is read, and how errors show values."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 LARGEST_FLOAT = 3.4028235e38  # of float32, which everything is computed in
 LARGEST_INT = 2**31 - 1  # of int32; random keys repeat themselves beyond 32 bits
+LONGEST_VALUE = 60  # of one in an error
 QUANTILES = (0.8, 0.9)
 SAMPLED_LOSSES = ("sampled-softmax", "gbce")
 # The losses that heed an option.
@@ -83,3 +85,34 @@ def check_loss(options: Any) -> None:
             raise ValueError(
                 f"{name} is not heeded by loss {options.loss}, got {value}; leave it out or give --loss {losses[0]}"
             )
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    """Refuses arguments that neither files nor terminals can hold.
+
+    Raises:
+      ValueError: if one has a NUL character, or bytes that are not UTF-8 (Python makes lone surrogates of them).
+    """
+    option = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            option = argument.partition("=")[0]
+        where = option.encode(errors="backslashreplace").decode().replace("\0", "\\x00") or "the command line"
+        if "\0" in argument:
+            raise ValueError(f"{where} must not hold a NUL character, got {shortened(argument)}")
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where} must be text in UTF-8, got {shortened(argument)}") from None
+
+
+def shortened(value: Any) -> str:
+    """The value as Python would write it, cut where it is too long for a line.
+
+    >>> shortened("many")
+    "'many'"
+    >>> len(shortened("9" * 5000))
+    60
+    """
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]} …{text[-2:]}"

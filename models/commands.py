@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tabulate import tabulate
 
 from models.checks import QUANTILES
 from models.training.config import SELECTION, Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
@@ -349,16 +350,8 @@ def _table(lines: list[dict[str, Any]]) -> str:
     if not lines:
         return ""
     cells = [[f"{value:.4f}" if name == "score" else str(value) for name, value in line.items()] for line in lines]
-    cells = [list(lines[0]), *cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [not isinstance(value, str) for value in lines[0].values()]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in cells
-    )
+    sides = ["left" if isinstance(value, str) else "right" for value in lines[0].values()]
+    return tabulate([list(lines[0]), *cells], tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 def _make_parent(option: str, path: Path | None) -> None:

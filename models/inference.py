@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.checks import shortened
 from models.compilation import jit
 from models.data import Batch, Interactions, Split, item_lookup, item_numbers
 from models.sequence_model import SequenceModel
@@ -155,6 +156,7 @@ class Recommender:
                     "for a single user give [history]"
                 )
             raw = history.tolist() if isinstance(history, np.ndarray) else list(history)
+            _check_ids(raw, place)
             mine = [self._number(raw_id) for raw_id in raw]
             numbers.append(np.array(mine, np.int32))
             unknown.append(list(dict.fromkeys(raw_id for raw_id, number in zip(raw, mine, strict=True) if not number)))
@@ -281,6 +283,17 @@ def in_catalogue(interactions: Interactions, item_ids: np.ndarray, *, min_user_i
 def _behind_history(model: SequenceModel, num_items: int) -> np.ndarray:
     """What follows a history in the model's inputs: nothing, or BERT4Rec's mask token."""
     return model.queries(Interactions.from_sequences([[1]], num_items)).items[1:]
+
+
+def _check_ids(raw: list[Any], place: int) -> None:
+    """Refuses what cannot be an id, such as a list where a history is nested once too often."""
+    for raw_id in raw:
+        try:
+            hash(raw_id)
+        except TypeError:
+            raise ValueError(
+                f"histories must hold ids of items, numbers or text, but number {place} holds {shortened(raw_id)}"
+            ) from None
 
 
 def _power_of_two(number: int) -> int:

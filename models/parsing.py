@@ -10,7 +10,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import tyro
 from tyro import _errors  # private, but the only way to a refusal before it is drawn; pyproject.toml pins tyro for it
 
-LONGEST_VALUE = 60
+from models.checks import check_text, shortened
+
 NAMES = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), Path: ("a path", "paths")}
 TEXT = ("text", "texts")
 
@@ -41,37 +42,6 @@ def parse(parser: Any, arguments: Sequence[str], *, commands: Mapping[str, Any],
     check_text(arguments)
     with _errors.on_parse_error(refuse):
         return tyro.cli(parser, prog=prog, args=list(arguments), description=description)
-
-
-def check_text(arguments: Sequence[str]) -> None:
-    """Refuses arguments that neither files nor terminals can hold.
-
-    Raises:
-      ValueError: if one has a NUL character, or bytes that are not UTF-8 (Python makes lone surrogates of them).
-    """
-    option = ""
-    for argument in arguments:
-        if argument.startswith("--"):
-            option = argument.partition("=")[0]
-        where = option.encode(errors="backslashreplace").decode().replace("\0", "\\x00") or "the command line"
-        if "\0" in argument:
-            raise ValueError(f"{where} must not hold a NUL character, got {shortened(argument)}")
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{where} must be text in UTF-8, got {shortened(argument)}") from None
-
-
-def shortened(value: Any) -> str:
-    """The value as Python would write it, cut where it is too long for a line.
-
-    >>> shortened("many")
-    "'many'"
-    >>> len(shortened("9" * 5000))
-    60
-    """
-    text = repr(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]} …{text[-2:]}"
 
 
 def wanted(kind: Any) -> str:

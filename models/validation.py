@@ -12,7 +12,7 @@ import pydantic
 import yaml
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from models.parsing import check_text, shortened
+from models.checks import check_text, shortened
 
 # More values come of aliases of aliases of aliases only.
 LARGEST_FILE = 10**6

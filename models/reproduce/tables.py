@@ -10,15 +10,10 @@ import statistics
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,  # pydantic wants these before Python 3.12
-)
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, with_config
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from models.presets import checked_fields, find, load_preset
 from models.training.config import SELECTION, Optimizer, TrainConfig
