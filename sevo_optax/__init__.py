@@ -3,7 +3,7 @@
 >>> import optax
 >>> from sevo_optax import adamw_corrected, graph, sevo
 >>> weights = graph.cooccurrence([[1, 2, 3], [2, 3]], num_nodes=4)
->>> tx = optax.chain(sevo(weights, "item_embedding"), adamw_corrected(1e-3))
+>>> tx = optax.chain(sevo(weights, "item_embedding"), adamw_corrected(1e-3, tables="item_embedding"))
 """
 
 from sevo_optax import graph as graph

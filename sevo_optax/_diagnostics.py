@@ -1,7 +1,6 @@
 """Two numbers to choose a strength by: how rough a matrix is over the graph, and how far smoothing turns it."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,10 @@ import jax.numpy as jnp
 from sevo_optax import _propagate, _tables
 from sevo_optax._propagate import CSR, Method
 from sevo_optax._sevo import _check_form, _checked, _smooth_leaves
+from sevo_optax._weights import Adjacency
 
 
-def smoothness(x: jax.typing.ArrayLike, adjacency: Any, *, normalize: bool = True) -> jax.Array:
+def smoothness(x: jax.typing.ArrayLike, adjacency: Adjacency, *, normalize: bool = True) -> jax.Array:
     r"""How rough the rows of a matrix are over a graph (Eq. 1): the lower, the smoother.
 
     .. math::
@@ -53,7 +53,7 @@ def smoothness(x: jax.typing.ArrayLike, adjacency: Any, *, normalize: bool = Tru
 
 def alignment(
     x: jax.typing.ArrayLike,
-    adjacency: Any,
+    adjacency: Adjacency,
     *,
     beta: jax.typing.ArrayLike = 0.99,
     num_layers: jax.typing.ArrayLike = 3,

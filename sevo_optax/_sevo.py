@@ -11,6 +11,7 @@ import optax
 from sevo_optax import _propagate, _tables, _weights
 from sevo_optax._propagate import CSR, METHODS, Method
 from sevo_optax._tables import Tables
+from sevo_optax._weights import Adjacency
 
 
 class SEvoState(NamedTuple):
@@ -53,7 +54,7 @@ def _check_form(beta: Any, num_layers: Any, method: Any) -> None:
 
 def smooth(
     x: jax.typing.ArrayLike,
-    adjacency: Any,
+    adjacency: Adjacency,
     *,
     beta: jax.typing.ArrayLike = 0.99,
     num_layers: jax.typing.ArrayLike = 3,
@@ -152,7 +153,7 @@ def _smooth_leaves(
     return _propagate.columnwise(local, leaves, axis, csr, jnp.asarray(beta, dtype))
 
 
-def _checked(x: jax.typing.ArrayLike, adjacency: Any, normalize: bool) -> tuple[jax.Array, CSR]:
+def _checked(x: jax.typing.ArrayLike, adjacency: Adjacency, normalize: bool) -> tuple[jax.Array, CSR]:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be a real floating-point array, got {x.dtype}; convert it first")
@@ -166,7 +167,7 @@ def _checked(x: jax.typing.ArrayLike, adjacency: Any, normalize: bool) -> tuple[
 
 
 def sevo(
-    adjacency: Any,
+    adjacency: Adjacency,
     tables: Tables = None,
     *,
     beta: optax.ScalarOrSchedule = 0.99,
@@ -193,7 +194,7 @@ def sevo(
 
     * **before the moments**, it smooths the gradient, and Adam then normalises what it sees::
 
-        optax.chain(sevo(weights, "item_embedding"), adamw_corrected(1e-3))
+        optax.chain(sevo(weights, "item_embedding"), adamw_corrected(1e-3, tables="item_embedding"))
 
     * **after the moments**, before weight decay and step size, it is Algorithm 1 of the paper: :func:`sevo_adamw`.
 
@@ -233,7 +234,7 @@ def sevo(
       >>> from sevo_optax import adamw_corrected, graph, sevo
       >>> weights = graph.cooccurrence([[0, 1, 2], [1, 2]], num_nodes=4)
       >>> params = {"item_embedding": jnp.ones((4, 2)), "bias": jnp.ones(4)}
-      >>> tx = optax.chain(sevo(weights, "item_embedding", beta=0.9), adamw_corrected(1e-3))
+      >>> tx = optax.chain(sevo(weights, "item_embedding", beta=0.9), adamw_corrected(1e-3, tables="item_embedding"))
       >>> state = tx.init(params)
       >>> grads = {"item_embedding": jnp.zeros((4, 2)).at[1].set(1.0), "bias": jnp.zeros(4)}
       >>> updates, state = tx.update(grads, state, params)
@@ -261,7 +262,7 @@ def sevo(
         dtypes = []
         # A tree without leaves is how optax asks for the structure of the state.
         if jax.tree.leaves(params):
-            positions, leaves, names, _ = _tables.find(params, paths)
+            positions, leaves, names, _ = _tables.find(params, paths, num_nodes)
             _tables.check(positions, leaves, names, node_axis, num_nodes)
             dtypes = [leaves[i].dtype for i in positions]
         return SEvoState(
@@ -276,7 +277,7 @@ def sevo(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SEvoState]:
         del params, extra_args
-        positions, leaves, names, treedef = _tables.find(updates, paths)
+        positions, leaves, names, treedef = _tables.find(updates, paths, num_nodes)
         axis = _tables.check(positions, leaves, names, node_axis, num_nodes)
         strength = beta(state.count) if callable(beta) else beta
         chosen = [leaves[i] for i in positions]

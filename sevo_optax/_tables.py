@@ -5,6 +5,7 @@ A path names a leaf (``item_embedding/embedding``) or a part of the tree that ho
 level deeper (``…/embedding/value``) in ``init`` than in ``update``.
 """
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -46,19 +47,32 @@ def _describe(names: Sequence[str], leaves: Sequence[Any]) -> str:
     return "\n".join(["the tree holds:", *lines])
 
 
-def find(tree: Any, tables: tuple[str, ...] | None) -> tuple[list[int], list[Any], list[str], Any]:
+def _suggest(names: Sequence[str], leaves: Sequence[Any], num_nodes: int | None) -> str:
+    """The argument to write: the largest matrix, of those with the right number of rows if there is one."""
+    matrices = [i for i, leaf in enumerate(leaves) if len(getattr(leaf, "shape", ())) >= 2]
+    fitting = [i for i in matrices if num_nodes in leaves[i].shape] or matrices
+    if not fitting:
+        return "name the embedding table by its path"
+    best = max(fitting, key=lambda i: (len(leaves[i].shape) == 2, math.prod(leaves[i].shape)))
+    return f"name the embedding table, as in tables={names[best].removesuffix('/value')!r}"
+
+
+def find(
+    tree: Any, tables: tuple[str, ...] | None, num_nodes: int | None = None
+) -> tuple[list[int], list[Any], list[str], Any]:
     """Finds the leaves that ``tables`` names.
 
     Args:
       tree: any pytree of arrays.
       tables: canonical paths, or None for the only leaf of the tree.
+      num_nodes: the number of rows of the table, if known, for a better suggestion in the error message.
 
     Returns:
       ``(positions, leaves, names, treedef)``: the positions of the named leaves in the flattened tree, in the caller's
       order, and the flattened tree itself.
 
     Raises:
-      ValueError: if a path matches no leaf or several, or two paths the same one.
+      ValueError: if a path matches no leaf or several, two paths the same one, or no path is given for several leaves.
     """
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = [_name(path) for path, _ in with_paths]
@@ -66,8 +80,8 @@ def find(tree: Any, tables: tuple[str, ...] | None) -> tuple[list[int], list[Any
     if tables is None:
         if len(leaves) != 1:
             raise ValueError(
-                f"tables=None needs a tree with exactly one array, but this one holds {len(leaves)}; name the "
-                f"embedding table, as in tables='item_embedding'; {_describe(names, leaves)}"
+                f"tables=None needs a tree with exactly one array, but this one holds {len(leaves)}; "
+                f"{_suggest(names, leaves, num_nodes)}; {_describe(names, leaves)}"
             )
         return [0], leaves, names, treedef
     positions = []
@@ -107,6 +121,15 @@ def resolve_axis(node_axis: Any, shapes: Sequence[tuple[int, ...]], num_nodes: i
     return fits[0]
 
 
+def check_axis(axis: int, position: int, leaves: Sequence[Any], names: Sequence[str]) -> None:
+    """Checks that the leaf at ``position`` has an axis of this number."""
+    shape = leaves[position].shape
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"node_axis={axis} is no axis of {names[position]!r} with shape {list(shape)}; {_describe(names, leaves)}"
+        )
+
+
 def check(
     positions: Sequence[int],
     leaves: Sequence[Any],
@@ -132,11 +155,8 @@ def check(
             )
     shapes = [tuple(leaves[i].shape) for i in positions]
     axis = resolve_axis(node_axis, shapes, num_nodes)
-    for i, shape in zip(positions, shapes, strict=True):
-        if not -len(shape) <= axis < len(shape):
-            raise ValueError(
-                f"node_axis={axis} is no axis of {names[i]!r} with shape {list(shape)}; {_describe(names, leaves)}"
-            )
+    for i in positions:
+        check_axis(axis, i, leaves, names)
     rows = [shape[axis] for shape in shapes]
     if sum(rows) != num_nodes:
         counted = " + ".join(map(str, rows))

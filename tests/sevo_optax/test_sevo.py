@@ -334,16 +334,19 @@ def test_every_public_function_is_documented_and_typed():
         ("smooth", "x adjacency * beta num_layers method rescale normalize"),
         ("smoothness", "x adjacency * normalize"),
         ("sevo", "adjacency tables * beta num_layers method rescale normalize node_axis"),
-        ("scale_by_adam_corrected", "b1 b2 eps eps_root mu_dtype * tables"),
-        ("adamw_corrected", "learning_rate b1 b2 eps eps_root mu_dtype weight_decay mask * tables"),
+        ("scale_by_adam_corrected", "b1 b2 eps eps_root mu_dtype * nesterov tables node_axis"),
+        (
+            "adamw_corrected",
+            "learning_rate b1 b2 eps eps_root mu_dtype weight_decay mask * nesterov tables node_axis",
+        ),
         (
             "sevo_adamw",
-            "learning_rate adjacency tables * b1 b2 eps eps_root mu_dtype weight_decay mask "
+            "learning_rate adjacency tables * b1 b2 eps eps_root mu_dtype weight_decay mask nesterov "
             "beta num_layers method rescale normalize node_axis",
         ),
         (
             "sevo_adam",
-            "learning_rate adjacency tables * b1 b2 eps eps_root mu_dtype "
+            "learning_rate adjacency tables * b1 b2 eps eps_root mu_dtype nesterov "
             "beta num_layers method rescale normalize node_axis",
         ),
         (
