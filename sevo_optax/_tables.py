@@ -38,6 +38,11 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def label(name: str) -> str:
+    """A leaf's path as error messages show it."""
+    return repr(name.removesuffix("/value")) if name else "the tree itself"
+
+
 def _describe(names: Sequence[str], leaves: Sequence[Any]) -> str:
     lines = [
         f"  {name.removesuffix('/value') or '(the tree itself)'}: "
@@ -123,10 +128,19 @@ def resolve_axis(node_axis: Any, shapes: Sequence[tuple[int, ...]], num_nodes: i
 
 def check_axis(axis: int, position: int, leaves: Sequence[Any], names: Sequence[str]) -> None:
     """Checks that the leaf at ``position`` has an axis of this number."""
-    shape = leaves[position].shape
+    shape = list(leaves[position].shape)
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
-            f"node_axis={axis} is no axis of {names[position]!r} with shape {list(shape)}; {_describe(names, leaves)}"
+            f"node_axis={axis} is no axis of {label(names[position])} with shape {shape}; {_describe(names, leaves)}"
+        )
+
+
+def refuse_float8(dtype: Any, what: str) -> None:
+    """Refuses floats of eight bits and less: JAX promotes them to nothing, and no update survives their rounding."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{what} has dtype {jnp.dtype(dtype).name}; wanted float16, bfloat16, float32 or float64. "
+            "Keep the parameters in bfloat16 at least and cast them where the model uses them"
         )
 
 
@@ -150,9 +164,10 @@ def check(
         dtype = getattr(leaves[i], "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"tables: {names[i]!r} must be a real floating-point array, got "
+                f"tables: {label(names[i])} must be a real floating-point array, got "
                 f"{dtype or type(leaves[i]).__name__}; {_describe(names, leaves)}"
             )
+        refuse_float8(dtype, f"tables: {label(names[i])}")
     shapes = [tuple(leaves[i].shape) for i in positions]
     axis = resolve_axis(node_axis, shapes, num_nodes)
     for i in positions:
@@ -186,13 +201,13 @@ def stack(leaves: Sequence[jax.Array], axis: int, dtype: Any) -> jax.Array:
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks)
 
 
-def split(matrix: jax.Array, leaves: Sequence[jax.Array], axis: int) -> list[jax.Array]:
-    """The inverse of :func:`stack`: arrays with the shapes and dtypes of ``leaves``."""
+def split(matrix: jax.Array, leaves: Sequence[jax.Array], axis: int, dtype: Any = None) -> list[jax.Array]:
+    """The inverse of :func:`stack`: arrays with the shapes of ``leaves``, of ``dtype`` or, if None, of their dtypes."""
     out = []
     start = 0
     for leaf in leaves:
         shape = (leaf.shape[axis], *_width(leaf.shape, axis))
         block = jax.lax.slice_in_dim(matrix, start, start + shape[0])
-        out.append(jnp.moveaxis(block.reshape(shape), 0, axis).astype(leaf.dtype))
+        out.append(jnp.moveaxis(block.reshape(shape), 0, axis).astype(dtype or leaf.dtype))
         start += shape[0]
     return out
