@@ -7,6 +7,10 @@ from pathlib import Path
 _SMALL = 1 << 28
 
 
+class OutOfMemory(ValueError, MemoryError):
+    """A graph that does not fit; raised before anything is allocated for it."""
+
+
 def available_memory() -> int | None:
     """Bytes that this process can still allocate, as far as the system tells; None if it does not."""
     rooms = [room for room in (_system(), _container(), _address_space()) if room is not None]
@@ -14,7 +18,7 @@ def available_memory() -> int | None:
 
 
 def require_memory(needed: float, what: str, remedy: str) -> None:
-    """Raises ValueError if ``what`` needs more bytes than there are.
+    """Raises :class:`OutOfMemory` if ``what`` needs more bytes than there are.
 
     Args:
       needed: estimate of the bytes to allocate at the same time.
@@ -25,7 +29,7 @@ def require_memory(needed: float, what: str, remedy: str) -> None:
         return
     room = available_memory()
     if room is not None and needed > room:
-        raise ValueError(
+        raise OutOfMemory(
             f"{what} needs about {needed / 2**30:.1f} GiB of memory, but only {room / 2**30:.1f} GiB are free. {remedy}"
         )
 
