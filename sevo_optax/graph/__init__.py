@@ -8,6 +8,7 @@ graph is handed over as it comes out of a builder:
 * :func:`cooccurrence`: items that follow each other in a sequence (Algorithm 4),
 * :func:`user_item`: users and the items they interacted with, as one bipartite graph,
 * :func:`shared_attributes`: prior knowledge, such as movies of the same genre,
+* :func:`knn`: nearest neighbours of feature vectors, such as embeddings of texts,
 * :func:`from_edges`, :func:`from_parquet`, :func:`from_scipy`: anything else, directed edges included.
 
 :func:`combine` adds several relations over the same nodes, :func:`top_k` and :func:`drop_below` thin a graph out,
@@ -29,6 +30,7 @@ from sevo_optax.graph._convert import from_scipy as from_scipy
 from sevo_optax.graph._convert import to_scipy as to_scipy
 from sevo_optax.graph._files import load as load
 from sevo_optax.graph._files import save as save
+from sevo_optax.graph._knn import knn as knn
 from sevo_optax.graph._parquet import COOCCURRENCE_SQL as COOCCURRENCE_SQL
 from sevo_optax.graph._parquet import from_parquet as from_parquet
 from sevo_optax.graph._reshape import combine as combine
@@ -48,6 +50,7 @@ __all__ = [
     "from_edges",
     "from_parquet",
     "from_scipy",
+    "knn",
     "load",
     "normalize",
     "save",
