@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 from models import plots
+from models.files import write_text
 from models.reproduce.cells import Cell, read_family
 from models.reproduce.tables import METRICS, Family, Published, Row, Table
 from models.training.compare import Gain, gain
 from models.training.config import SELECTION
-from models.training.files import write_text
 
 NONE = "–"
 MILESTONES = (10, 20, 40, 60, 100, 150, 200, 300, 400, 500)
