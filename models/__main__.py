@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import operator
 import re
 import sys
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m models"
 USAGE_ERROR = 2
+PATHS = ("output_dir", "results_dir", "work_dir", "data_dir", "cache_dir", "checkpoint", "data", "histories", "titles")
+PATHS += ("output", "per_user", "attributes")
 INTERRUPTED = 130
 
 
@@ -90,12 +93,20 @@ class Compare(TrainConfig, RunOptions):
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         config = _config(self)
         prepared = _prepare(config, self.output_dir)
-        results = compare.compare(
-            prepared, config, self.output_dir, seeds=self.seeds, resume=self.resume, overwrite=self.overwrite
-        )
-        print(f"\ntest metrics ({next(iter(results.values()))[0].protocol}):\n")
-        print(compare.table(results))
-        print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
+        diverged = None
+        try:
+            results = compare.compare(
+                prepared, config, self.output_dir, seeds=self.seeds, resume=self.resume, overwrite=self.overwrite
+            )
+        except compare.ComparisonDivergedError as error:
+            results, diverged = error.results, error
+        if any(results.values()):
+            protocol = next(run.protocol for runs in results.values() for run in runs)
+            print(f"\ntest metrics ({protocol}):\n")
+            print(compare.table(results))
+            print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
+        if diverged is not None:
+            raise diverged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +216,19 @@ def _preset(arguments: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
+def _refuse_empty_paths(arguments: Sequence[str]) -> None:
+    """Refuses an empty folder or file, as from a variable that is not set: it would be the present folder.
+
+    Raises:
+      ValueError: if there is one.
+    """
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        name, equals, value = argument.partition("=")
+        option = name.removeprefix("--").replace("-", "_")
+        if name.startswith("--") and option in PATHS and (value if equals else following) == "":
+            raise ValueError(f"{option} must name a file or folder, got an empty text")
+
+
 def _parse(arguments: Sequence[str]) -> Any:
     """Parses the command line.
 
@@ -212,6 +236,7 @@ def _parse(arguments: Sequence[str]) -> Any:
       ValueError: with one line, if the arguments do not fit.
     """
     framed = io.StringIO()
+    _refuse_empty_paths(arguments)
     defaults = _preset(arguments)
     try:
         with contextlib.redirect_stderr(framed):

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from models.training.config import SELECTION, Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
-from models.training.files import make_folder, write_bytes, write_json, write_text
+from models.training.files import make_folder, refuse_run_file, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from models.data import Interactions
@@ -66,6 +66,7 @@ class Recommend:
             if self.output.suffix not in WRITERS:
                 raise ValueError(f"output must end in {' or '.join(WRITERS)}, got {self.output}")
             _make_parent("output", self.output)
+            refuse_run_file("output", self.output, self.checkpoint)
         titles = None
         if self.titles is not None:
             titles = read_titles(self.titles, item_column=self.title_item_column, title_column=self.title_column)
@@ -138,24 +139,27 @@ class Evaluate:
             raise ValueError("exclude_seen and include_seen exclude each other; give one of them")
         for name in ("per_user", "output"):
             _make_parent(name, getattr(self, name))
+            refuse_run_file(name, getattr(self, name), self.checkpoint)
 
         from models.inference import evaluate, in_catalogue
-        from models.training.checkpoints import fingerprint, load_run
+        from models.training.checkpoints import load_run
+        from models.training.overlap import overlap_note
 
         run = load_run(self.checkpoint, self.which)
         config = self._config(run.info.config)
         interactions = load_and_describe(config)
-        if fingerprint(interactions) != run.info.data:
+        same_data = run.info.trained_on(interactions)
+        if not same_data:
             shortest = LEAST_TO_SPLIT if config.split == "leave-one-out" else 1
             interactions = in_catalogue(interactions, run.item_ids, min_user_interactions=shortest)
             print(f"  {interactions.notes[-1]}")
-        evaluation = evaluate(
-            run, config.split_interactions(interactions), ks=config.ks, exclude_seen=config.exclude_seen
-        )
+        split = config.split_interactions(interactions)
+        note = overlap_note(run, config, split, interactions if same_data else None)
+        evaluation = evaluate(run, split, ks=config.ks, exclude_seen=config.exclude_seen)
         tested = (
             f"at the epoch with the best validation {SELECTION}" if self.which == "best" else "after the last epoch"
         )
-        protocol = f"{evaluation.protocol}; tested {tested}"
+        protocol = f"{evaluation.protocol}; tested {tested}{note}"
         print(f"{self.checkpoint}, epoch {run.epoch}: {len(evaluation.ranks):,} users")
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items()))
         print(f"({protocol})")
@@ -209,6 +213,7 @@ class Export:
         output = self.checkpoint / "model.jaxexport" if self.output is None else self.output
         if self.output is not None:
             _make_parent("output", output)
+            refuse_run_file("output", output, self.checkpoint)
 
         from models import export
         from models.training.checkpoints import load_run
