@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from models.registry import make_model
 
 from models import memory
 from models.__main__ import main
+from models.config import TrainConfig
 from models.data import Interactions
 from models.memory import COPIES, Need, OutOfMemoryError, check_memory, out_of_memory_told, training_needs
-from models.registry import make_model
 from models.training import loop
-from models.config import TrainConfig
 
 DATA = Interactions.from_sequences([[1, 2, 3, 4], [3, 4, 5]])
 

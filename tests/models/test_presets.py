@@ -5,7 +5,6 @@ import pytest
 
 from models import presets
 from models.__main__ import main
-from models.architectures.registry import config_from_dict, make_config
 from models.training import compare, loop
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "sevo_hyperparameters.csv"
@@ -31,7 +30,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", presets.names())
 def test_every_preset_is_a_run(name):
-    config = TrainConfig.from_dict(presets.load_preset(name)).resolved()
+    config = config_from_dict(presets.load_preset(name))
     assert name.startswith(config.model)
 
 
@@ -42,7 +41,7 @@ def test_presets_are_the_published_settings(model, dataset):
         pytest.skip(f"the published settings are not beside this clone: {PUBLISHED.name}")
     with PUBLISHED.open() as file:
         (row,) = [row for row in csv.DictReader(file) if (row["model"], row["dataset"]) == (model, dataset)]
-    config = TrainConfig.from_dict(presets.load_preset(f"{model.lower()}-{dataset}")).resolved()
+    config = config_from_dict(presets.load_preset(f"{model.lower()}-{dataset}"))
     for theirs, ours in NAMES.items():
         if row[theirs]:
             assert getattr(config, ours) == float(row[theirs]), ours
@@ -51,8 +50,7 @@ def test_presets_are_the_published_settings(model, dataset):
 
 def test_the_defaults_are_the_presets_for_beauty():
     for model in ["sasrec", "bert4rec"]:
-        preset = TrainConfig.from_dict(presets.load_preset(f"{model}-beauty")).resolved()
-        assert preset == TrainConfig(model=model).resolved()
+        assert config_from_dict(presets.load_preset(f"{model}-beauty")) == make_config(model)
 
 
 def test_a_file_of_ones_own(tmp_path):
