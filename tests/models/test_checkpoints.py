@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.config import TrainConfig
+from models.architectures.registry import make_config
 from models.data import drifting_interests
 from models.training import checkpoints, loop
 from models.training.checkpoints import CheckpointError, Checkpoints, flatten, load_run
@@ -22,9 +22,9 @@ from models.training.files import read_history
 from models.training.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
-CONFIG = TrainConfig(
+CONFIG = make_config(
     max_length=8, embedding_dim=8, num_blocks=1, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1
-).resolved()
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_graph_is_not_saved(prepared, tmp_path):
     saved = leaves(tmp_path, 2)
     assert any("moments" in name for name in saved)
     assert not any("graph" in name for name in saved)
-    edges = prepared.adjacency.nse
+    edges = prepared.nodes.adjacency.nse
     assert all(edges not in array.shape for array in saved.values())
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from models import presets
 from models.__main__ import main
+from models.architectures.registry import config_from_dict, make_config
 from models.training import compare, loop
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "sevo_hyperparameters.csv"
@@ -74,8 +75,8 @@ def test_a_file_of_ones_own(tmp_path):
         ("learning_rate: fast", "learning_rate should be a valid number, got 'fast'"),
         ("learning_rate: .inf", "learning_rate should be a finite number, got inf"),
         ("b1: .nan", "b1 should be a finite number, got nan"),
-        ("model: gru", "model should be 'sasrec' or 'bert4rec', got 'gru'"),
-        ("optimizer: sgd", "optimizer should be 'adamw', 'sevo-adamw' or 'sevo-gradient', got 'sgd'"),
+        ("model: gru", "bad.yaml: model must be one of sasrec, bert4rec"),
+        ("optimizer: lion", "optimizer should be 'adamw', 'sevo-adamw', 'sevo-gradient'"),
         ("header: 1", "header should be a valid boolean, got 1"),
         ("data: 3", "data should be a valid string, got 3"),
         ("ks: 10", "ks should be a list, got 10"),

@@ -436,7 +436,7 @@ def test_real_training(folder, one_row):
     reproduce(seeds=1, arms=("sevo-adamw",))
     family = load_table("tiny.yaml").rows[0].families[1]
     config = family.config(data="tiny.txt")
-    direct = loop.train(prepare(config.load_interactions(), config), config, "sevo-adamw", folder / "direct")
+    direct = loop.train(prepare(load_interactions(config), config), config, "sevo-adamw", folder / "direct")
     cell = Cell.read(cell_path(Path("results"), "tiny", family, 0))
     assert (cell.variant, cell.arm, cell.settings) == ("bce", "sevo-adamw", {})
     assert cell.test == pytest.approx(direct.test, abs=1e-6)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.config import TrainConfig
+from models.architectures.registry import make_config
 from models.data import drifting_interests
 from models.training import compare, loop
 from models.training.checkpoints import Checkpoints
@@ -17,9 +17,9 @@ from models.training.prepare import prepare
 from models.training.run import Result
 from tests.models.saved_runs import ToyProgram
 
-CONFIG = TrainConfig(
+CONFIG = make_config(
     max_length=8, embedding_dim=8, num_blocks=1, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1
-).resolved()
+)
 
 
 @pytest.fixture(scope="module")
