@@ -64,7 +64,7 @@ def write_export(run: LoadedRun, path: Path) -> Path:
     """
     items = path.with_name(f"{path.stem}.items.npz")
     data = export_scores(run).serialize()
-    ids = ids_to_arrays(run.item_ids) | ({} if run.users is None else {"user_ids": run.users.ids})
+    ids = ids_to_arrays(run.item_ids) | ({} if run.users is None else ids_to_arrays(run.users.ids, "user_ids"))
     write_bytes(items, lambda file: np.savez_compressed(file, **ids))
     write_bytes(path, lambda file: file.write(data))
     return items
