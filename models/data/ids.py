@@ -61,14 +61,14 @@ def ids_from_arrays(arrays: Mapping[str, np.ndarray], name: str = "item_ids") ->
     return text_ids([text[start:end].decode() for start, end in zip(starts, ends, strict=True)])
 
 
-def ids_usage(ids: np.ndarray, path: str) -> str:
+def ids_usage(ids: np.ndarray, path: str, name: str = "item_ids") -> str:
     """Lines of Python that load the ids that :func:`ids_to_arrays` gave and ``np.savez`` wrote, with NumPy alone."""
     if ids.dtype.kind != "T":
-        return f'item_ids = np.load({path!r})["item_ids"]'
+        return f'{name} = np.load({path!r})["{name}"]'
     return f"""\
 file = np.load({path!r})
-parts = np.split(file["item_ids_utf8"], file["item_ids_ends"][:-1])
-item_ids = np.array([part.tobytes().decode() for part in parts], object)"""
+parts = np.split(file["{name}_utf8"], file["{name}_ends"][:-1])
+{name} = np.array([part.tobytes().decode() for part in parts], object)"""
 
 
 def item_lookup(item_ids: np.ndarray) -> Callable[[Any], int]:
