@@ -317,9 +317,8 @@ def test_help_explains_every_field(capsys):
     sources = "".join(inspect.getsource(inspect.getmodule(base)) for base in kind.__mro__[:-1])
     for field in dataclasses.fields(kind):
         assert f"--{field.name.replace('_', '-')}" in printed
-        pattern = rf'    {field.name}: .*\n(    [^ ].*\n)*    """[A-Za-z]', sources), (
-            f"{field.name} is not explained"
-        )
+        pattern = rf'    {field.name}: .*\n(    [^ ].*\n)*    """[A-Za-z]'
+        assert re.search(pattern, sources), f"{field.name} is not explained"
 
 
 def test_interrupt(data, tmp_path, monkeypatch, capsys):
