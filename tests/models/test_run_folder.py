@@ -5,7 +5,10 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +19,13 @@ from models.files import LOCK, claim
 from models.training import checkpoints, loop, run
 from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo, fingerprint, load_run
 from models.training.config import TrainConfig
+from models.training.interrupts import stop_gently
 from models.training.overlap import overlap_note
 from models.training.prepare import prepare
 from tests.models.saved_runs import ToyProgram, save_run, small_data
 from tests.models.test_files import small_files
 
+ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(max_length=8, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1).resolved()
 
 
@@ -340,22 +345,55 @@ class TestDamage:
         assert len(train(prepared, tmp_path, resume=True).losses) == 6
 
 
+# A call that takes long, lets other threads run and looks at no signal on the way, as a compiled epoch does.
+STUCK = """
+import hashlib, sys
+from models.training.interrupts import stop_gently
+with stop_gently() as asked:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", {rounds})
+    print("asked" if asked.is_set() else "not asked", flush=True)
+"""
+
+
 class TestSignals:
-    def test_the_second_sigterm_acts_at_once(self):
+    @staticmethod
+    def start(rounds):
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-c", STUCK.format(rounds=rounds)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_the_second_sigterm_acts_at_once(self, number):
+        with self.start(10**9) as process:
+            process.send_signal(number)
+            assert f"{number.name}: saving after this epoch" in process.stdout.readline()  # it need not end for that
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 128 + signal.SIGTERM
+
+    def test_the_first_one_waits(self):
+        with self.start(10**6) as process:
+            process.send_signal(signal.SIGTERM)
+            assert process.communicate(timeout=60)[0].splitlines()[-1] == "asked"
+            assert process.returncode == 0
+
+    def test_the_second_ctrl_c_is_an_exception(self):
         before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-        with loop._stop_gently() as asked:
-            signal.raise_signal(signal.SIGTERM)
+        with stop_gently() as asked:
+            signal.raise_signal(signal.SIGINT)
             assert asked.is_set()
-            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # also in the middle of a compiled epoch
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+        assert signal.set_wakeup_fd(-1) == -1
 
     def test_in_a_thread_signals_are_left_alone(self):
         found = []
 
         def look():
-            with loop._stop_gently():
+            with stop_gently():
                 found.append(signal.getsignal(signal.SIGTERM))
 
         thread = threading.Thread(target=look)
