@@ -41,7 +41,7 @@ def test_train(data, tmp_path, capsys):
     assert "leave-one-out, full ranking" in printed
     assert re.search(r"peak memory \d+\.\d\d GiB", printed)
     assert {path.name for path in out.iterdir()} == {
-        *("run.json", "items.npz", "checkpoints", "result.json", "history.jsonl", "curve.png")
+        *("run.json", "items.npz", "checkpoints", "result.json", "history.jsonl", "curve.png", ".lock")
     }
 
 
