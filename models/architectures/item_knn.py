@@ -1,6 +1,7 @@
 """Item-kNN: items like those of the history, by who interacted with both."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import scipy.sparse
 from flax import nnx
 
-from models.architectures.base import Encoded, Recommender
+from models.architectures.base import Encoded, Group, NodeSet, Recommender
 from models.config import ClosedFormConfig
 from models.data import Interactions
 from models.feeds import Batch
@@ -75,6 +76,11 @@ class ItemKNN(Recommender):
         del num_users, rngs
         return cls(num_items, num_neighbors=config.num_neighbors, max_length=config.max_length)
 
+    @property
+    def node_sets(self) -> Mapping[NodeSet, tuple[Group, ...]]:
+        """Nothing is smoothed."""
+        return {}
+
     def fit(self, train: Interactions, config: Any) -> None:
         """Finds every item's neighbours, on the host."""
         del config
@@ -117,14 +123,14 @@ class ItemKNN(Recommender):
         items = jnp.sort(vectors, axis=1)
         repeated = jnp.pad(items[:, 1:] == items[:, :-1], ((0, 0), (1, 0)))
         items = jnp.where(repeated, 0, items)
-        query = jnp.arange(len(items))[:, None]
+        query = jnp.arange(items.shape[0])[:, None]
 
         # One place of the history at a time: no more than (queries, num_neighbors) numbers beside the scores.
         def add(place: jax.Array, scores: jax.Array) -> jax.Array:
             item = items[:, place]
             return scores.at[query, neighbors[item]].add(similarities[item])
 
-        scores = jnp.zeros((len(items), len(neighbors)), similarities.dtype)
+        scores = jnp.zeros((items.shape[0], neighbors.shape[0]), similarities.dtype)
         return jax.lax.fori_loop(0, items.shape[1], add, scores)
 
 

@@ -1,6 +1,7 @@
 """Popularity: the same list for everybody."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.architectures.base import Encoded, Recommender
+from models.architectures.base import Encoded, Group, NodeSet, Recommender
 from models.config import ClosedFormConfig
 from models.data import Interactions
 from models.feeds import Batch
@@ -48,6 +49,11 @@ class Popularity(Recommender):
         """A model that knows nothing yet, see :meth:`fit`."""
         del config, num_users, rngs
         return cls(num_items)
+
+    @property
+    def node_sets(self) -> Mapping[NodeSet, tuple[Group, ...]]:
+        """Nothing is smoothed."""
+        return {}
 
     def fit(self, train: Interactions, config: Any) -> None:
         """Counts the interactions of every item, repeated ones too."""
