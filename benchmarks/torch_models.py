@@ -85,7 +85,7 @@ class BERT4Rec(nn.Module):
 
 
 class MFBPR(nn.Module):
-    """As :class:`models.architectures.mf_bpr.MFBPR`, with dense gradients: the optimizer updates every row each step."""
+    """As :class:`models.architectures.mf_bpr.MFBPR`; gradients are dense, so the optimizer updates every row."""
 
     def __init__(self, num_users, num_items, embedding_dim):
         super().__init__()
