@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from models.compilation import jit
 from models.data import load
-from models.losses import binary_cross_entropy
-from models.registry import make_model
+from models.objectives.losses import binary_cross_entropy
+from models.architectures.registry import make_model
 from models.config import OPTIMIZERS, TrainConfig
 from models.training.optimizers import make_optimizer
 from models.training.prepare import prepare

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from models.compilation import jit
 from models.data import load
 from models.layers import Attention
-from models.registry import make_model
+from models.architectures.registry import make_model
 from models.training.prepare import prepare
 from sevo_optax import sevo
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from models.compilation import jit
 from models.data import load
-from models.losses import make_loss
-from models.registry import make_model
+from models.objectives.losses import make_loss
+from models.architectures.registry import make_model
 from models.config import TrainConfig
 from models.training.optimizers import make_optimizer
 from models.training.prepare import prepare

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from models.commands import Evaluate, Export, Recommend, load_and_describe
-from models.reproduce import Reproduce
 from models.config import Optimizer, SourceConfig, TrainConfig
+from models.reproduce import Reproduce
 from models.training.files import make_folder
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from models.training.files import make_folder, write_bytes, write_json, write_te
 
 if TYPE_CHECKING:
     from models.data import Interactions
-    from models.inference import Recommendation
+    from models.serving.trained import Recommendation
 
 # JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
 
@@ -70,7 +70,7 @@ class Recommend:
         if self.titles is not None:
             titles = read_titles(self.titles, item_column=self.title_item_column, title_column=self.title_column)
 
-        from models.inference import Recommender
+        from models.serving.trained import Recommender
 
         recommender = Recommender.load(self.checkpoint, self.which)
         recommend = partial(recommender.recommend, k=self.k, exclude_seen=not self.include_seen)
@@ -139,7 +139,7 @@ class Evaluate:
         for name in ("per_user", "output"):
             _make_parent(name, getattr(self, name))
 
-        from models.inference import evaluate, in_catalogue
+        from models.serving.trained import evaluate, in_catalogue
         from models.training.checkpoints import fingerprint, load_run
 
         run = load_run(self.checkpoint, self.which)

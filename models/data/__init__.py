@@ -8,7 +8,6 @@ from models.data.interactions import item_lookup as item_lookup
 from models.data.interactions import item_numbers as item_numbers
 from models.data.named import NAMED as NAMED
 from models.data.named import fetch_named as fetch_named
-from models.data.negatives import UnseenItems as UnseenItems
 from models.data.readers import load as load
 from models.data.readers import read_sequences as read_sequences
 from models.data.source import load_interactions as load_interactions

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from models.reproduce.tables import METRICS, Family
 from models.config import TrainConfig
+from models.reproduce.tables import METRICS, Family
 from models.training.files import curve, write_text
 
 

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from models import plots
+from models.config import SELECTION
 from models.reproduce.cells import Cell, read_family
 from models.reproduce.tables import METRICS, Family, Published, Row, Table
 from models.training.compare import Gain, gain
-from models.config import SELECTION
 from models.training.files import write_text
 
 NONE = "–"

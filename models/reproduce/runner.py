@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.config import TrainConfig
 from models.reproduce.cells import Cell, cell_path, portable
 from models.reproduce.tables import Family, Table
-from models.config import TrainConfig
 from models.training.files import read_history
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
 
-from models.presets import checked_fields, find, load_preset, read_yaml
 from models.config import Optimizer, TrainConfig
+from models.presets import checked_fields, find, load_preset, read_yaml
 
 FOLDER = Path(__file__).parent / "tables"
 METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10")

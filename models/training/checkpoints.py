@@ -25,10 +25,11 @@ from absl import logging as absl_logging
 from flax import nnx
 from tqdm import tqdm
 
-from models.data import Interactions
-from models.registry import make_model
-from models.sequence_model import SequenceModel
+from models.architectures.base import Recommender
+from models.architectures.registry import config_from_dict, make_model
 from models.config import Optimizer, TrainConfig
+from models.data import Interactions
+from models.training import beside
 from models.training.files import write_bytes, write_json
 from sevo_optax import with_graphs, without_graphs
 
@@ -62,12 +63,14 @@ class RunInfo:
       config: the resolved configuration.
       num_items: size of the catalogue.
       data: :func:`fingerprint` of the interactions.
+      num_users: users that were trained on; 0: not known, in runs of earlier versions.
     """
 
     optimizer: Optimizer
     config: TrainConfig
     num_items: int
     data: str
+    num_users: int = 0
 
     def write(self, directory: Path, item_ids: np.ndarray) -> None:
         """Writes ``run.json`` and ``items.npz``."""
@@ -97,7 +100,7 @@ class RunInfo:
         if written != FORMAT:
             raise CheckpointError(f"{file} has format {written}, but this version reads {FORMAT}; train again")
         try:
-            return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
+            return cls(**values | {"config": config_from_dict(values["config"])})
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{file} does not fit this version ({error}); train again") from None
 
@@ -269,12 +272,16 @@ class LoadedRun:
       info: the run it comes from.
       item_ids: shape (num_items + 1,), the raw ids of items 1 … num_items.
       epoch: how many epochs it was trained for.
+      context: what the model computes with.
+      users: the users that it knows, if it has a table of users.
     """
 
-    model: SequenceModel
+    model: Recommender
     info: RunInfo
     item_ids: np.ndarray
     epoch: int
+    context: dict[str, Any] = dataclasses.field(default_factory=dict)
+    users: beside.KnownUsers | None = None
 
 
 def load_run(directory: Path, which: Which = "best") -> LoadedRun:
@@ -299,8 +306,10 @@ def load_run(directory: Path, which: Which = "best") -> LoadedRun:
     checkpoint = next(Checkpoints(directory).readable(), None)
     if checkpoint is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet; it appears with the first evaluation")
-    make = partial(make_model, info.config, num_items=info.num_items, max_length=info.config.max_length, seed=0)
-    graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)  # shapes alone: the values are in the checkpoint
+    make = partial(make_model, info.config, num_users=info.num_users, num_items=info.num_items, seed=0)
+    graphdef, params = nnx.split(nnx.eval_shape(make))  # shapes alone: the values are in the checkpoint
     params = unflatten(checkpoint.leaves, params, which)
     epoch = checkpoint.epoch if which == "last" else checkpoint.progress["best_epoch"]
-    return LoadedRun(nnx.merge(graphdef, params), info, item_ids, epoch)
+    model = nnx.merge(graphdef, params)
+    users = beside.read_users(directory) if model.query == "user" else None
+    return LoadedRun(model, info, item_ids, epoch, beside.read_context(directory), users)

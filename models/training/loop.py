@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from models import metrics
 from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
+from models.evaluation import metrics
 from models.training.prepare import Prepared
 from models.training.program import Program
 from models.training.run import Result, Run
@@ -167,7 +167,7 @@ def _train(runs: Sequence[Run], program: Program, done: int, begin: float) -> No
             evaluated = epoch % config.eval_every == 0 or epoch == config.epochs
             ranks = program.ranks(prepared.validation) if evaluated and np.isfinite(losses).all() else None
             diagnostics = program.diagnose(epoch) if config.diagnostics else None
-            speed = prepared.packed.num_tokens * len(runs) / seconds
+            speed = prepared.num_tokens * len(runs) / seconds
             for i, run in enumerate(runs):
                 if run.stopped:
                     continue

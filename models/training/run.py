@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from models.architectures.registry import model_class
 from models.config import SELECTION, Optimizer, TrainConfig
+from models.training import beside
 from models.training.files import curve, write_json, write_text
 from models.training.prepare import Prepared
 from models.training.program import Program
@@ -88,7 +90,13 @@ class Run:
         from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo  # orbax takes a second to import
 
         self.checkpoints = Checkpoints(self.directory)
-        self.info = RunInfo(self.optimizer, self.config, self.prepared.interactions.num_items, self.digest)
+        self.info = RunInfo(
+            self.optimizer,
+            self.config,
+            self.prepared.interactions.num_items,
+            self.digest,
+            self.prepared.split.train.num_users,
+        )
         if overwrite or not (self.directory / "run.json").exists():
             return
         if not resume:
@@ -131,6 +139,9 @@ class Run:
         if not self.continues:
             shutil.rmtree(self.directory / "tensorboard", ignore_errors=True)
         self.info.write(self.directory, self.prepared.interactions.item_ids)
+        beside.write_context(self.directory, self.prepared.context)
+        if model_class(self.config.model).query == "user":
+            beside.write_users(self.directory, self.prepared.interactions, self.prepared.split.train.user_ids)
         write_text(self.directory / "history.jsonl", "".join(json.dumps(record) + "\n" for record in self.history))
         if self.config.tensorboard:
             from tensorboardX import SummaryWriter

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from models.data import drifting_interests
-from models.registry import make_model
+from models.architectures.registry import make_model
 from models.training.checkpoints import Checkpoint, Checkpoints, RunInfo, fingerprint, flatten
 from models.config import TrainConfig
 

@@ -7,11 +7,12 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from models.bert4rec import BERT4Rec
-from models.data import Interactions, drifting_interests, pack
+from models.architectures.bert4rec import BERT4Rec
+from models.data import Interactions, drifting_interests
+from models.feeds import pack
 from models.training import loop
 from models.config import TrainConfig
-from models.training.evaluation import FullRanking
+from models.evaluation.ranking import FullRanking
 from models.training.prepare import prepare
 from tests.models.test_sasrec import MAX_LENGTH, alone, perturb
 

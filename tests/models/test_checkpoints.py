@@ -195,7 +195,7 @@ def test_the_best_and_the_last_model(prepared, tmp_path, interactions):
     best, last = load_run(tmp_path), load_run(tmp_path, "last")
     assert (best.epoch, last.epoch) == (result.best_epoch, 40)
     np.testing.assert_array_equal(best.item_ids, interactions.item_ids)
-    from models import metrics
+    from models.evaluation import metrics
 
     def tested(run):
         return metrics.summarize(jax.jit(prepared.test.ranks)(run.model))

@@ -5,8 +5,8 @@ import pytest
 from flax import nnx
 
 from models.data import Interactions, drifting_interests, leave_one_out
-from models.sasrec import SASRec
-from models.training.evaluation import FullRanking
+from models.architectures.sasrec import SASRec
+from models.evaluation.ranking import FullRanking
 from tests.models.test_sasrec import alone
 
 

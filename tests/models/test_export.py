@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
-from models.export import PLATFORMS, export_scores, usage, write_export
-from models.inference import Recommender
+from models.serving.export import PLATFORMS, export_scores, usage, write_export
+from models.serving.trained import Recommender
 from models.training.checkpoints import load_run
 from tests.models.saved_runs import save_run, small_data
 

@@ -10,11 +10,11 @@ from models import inference
 from models.__main__ import main
 from models.commands import read_titles
 from models.data import Interactions, item_numbers, leave_one_out
-from models.inference import Recommender, evaluate, in_catalogue
+from models.serving.trained import Recommender, evaluate, in_catalogue
 from models.training import loop
 from models.training.checkpoints import CheckpointError, load_run
 from models.config import TrainConfig
-from models.training.evaluation import FullRanking
+from models.evaluation.ranking import FullRanking
 from models.training.prepare import prepare
 from tests.models.saved_runs import CONFIG, save_run, small_data
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import losses
-from models.bert4rec import BERT4Rec
-from models.data import Batch, Interactions, UnseenItems, drifting_interests, pack
-from models.losses import binary_cross_entropy, bpr, cross_entropy, gbce, make_loss, sampled_softmax
-from models.sasrec import SASRec
+from models.objectives import losses
+from models.architectures.bert4rec import BERT4Rec
+from models.data import Interactions, drifting_interests
+from models.feeds import Batch, NegativeSampler, pack
+from models.objectives.losses import binary_cross_entropy, bpr, cross_entropy, gbce, make_loss, sampled_softmax
+from models.architectures.sasrec import SASRec
 from models.config import Loss, ModelConfig
 from tests.models.test_sasrec import MAX_LENGTH, perturb
 
@@ -30,7 +31,7 @@ def interactions():
 
 @pytest.fixture(scope="module")
 def unseen(interactions):
-    return UnseenItems.from_interactions(interactions, negative_power=0.75)
+    return NegativeSampler.from_interactions(interactions, negative_power=0.75)
 
 
 def make_model(kind, **options):
@@ -231,7 +232,7 @@ def test_parts_change_nothing(unseen, case):
 
 @pytest.mark.parametrize("power", [0.0, 0.75])
 def test_the_corrected_sample_estimates_the_whole_softmax(interactions, power):
-    unseen = UnseenItems.from_interactions(interactions, negative_power=power)
+    unseen = NegativeSampler.from_interactions(interactions, negative_power=power)
     model, batch = fixed([3, 7, 11, 25])
     whole = float(cross_entropy(model, batch, unseen, KEY))
     sample = partial(sampled_softmax, model, batch, unseen, KEY, num_negatives=100_000)
@@ -242,7 +243,7 @@ def test_the_corrected_sample_estimates_the_whole_softmax(interactions, power):
 @pytest.mark.parametrize("loss", [sampled_softmax, gbce])
 def test_one_item_has_nothing_to_compete_with(loss):
     model, batch = fixed([1, 1])
-    unseen = UnseenItems.from_interactions(Interactions.from_sequences([[1, 1]]), drawn=False)
+    unseen = NegativeSampler.from_interactions(Interactions.from_sequences([[1, 1]]), drawn=False)
     value, gradient = value_and_gradient(loss, model, batch, unseen, num_negatives=4)
     positive = np.asarray(model.hidden[...]) @ np.asarray(model.table[...])[1]
     # The softmax of one item is 1; what is left of gBCE is the target's part.

@@ -6,9 +6,10 @@ import scipy.stats
 from flax import nnx
 
 from models import layers
-from models.data import Batch, drifting_interests, pack
+from models.data import drifting_interests
+from models.feeds import Batch, pack
 from models.layers import Attention, Dropout, random_words
-from models.sasrec import SASRec
+from models.architectures.sasrec import SASRec
 
 MAX_LENGTH = 9
 

@@ -8,11 +8,11 @@ import optax
 import pytest
 from flax import nnx
 
-from models import metrics
+from models.evaluation import metrics
 from models.compilation import jit
 from models.data import Interactions, drifting_interests
-from models.losses import binary_cross_entropy, make_loss
-from models.registry import make_model
+from models.objectives.losses import binary_cross_entropy, make_loss
+from models.architectures.registry import make_model
 from models.training import compare, loop
 from models.config import OPTIMIZERS, TrainConfig
 from models.training.files import read_history, write_json
