@@ -11,8 +11,7 @@ from flax import nnx
 from models.architectures.lightgcn import LightGCN, LightGCNConfig
 from models.architectures.registry import make_config, make_model
 from models.config import Loss
-from models.data import UnseenItems as NegativeSampler
-from models.feeds import PairBatch, Pairs
+from models.feeds import NegativeSampler, PairBatch, Pairs
 from models.objectives.losses import make_loss
 from models.objectives.objective import training_loss
 from tests.models.architectures import pairs_reference

@@ -15,8 +15,7 @@ from models.architectures.mf_bpr import MFBPR, MFBPRConfig
 from models.architectures.registry import config_from_dict, make_config, make_model
 from models.config import Loss
 from models.data import Interactions
-from models.data import UnseenItems as NegativeSampler
-from models.feeds import PairBatch, Pairs
+from models.feeds import NegativeSampler, PairBatch, Pairs
 from models.objectives.losses import make_loss
 from models.objectives.objective import training_loss
 from sevo_optax import graph, sevo
