@@ -46,7 +46,7 @@ class Recommend:
     include_seen: bool = False
     """Whether items of the history may be recommended again."""
     titles: Path | None = None
-    """A table with one line an item, between tabs or commas, to show titles from."""
+    """A table with one line an item (.csv, .tsv, .parquet, .json, also compressed), to show titles from."""
     title_item_column: str = "item_id"
     """Its column of item ids."""
     title_column: str = "title"
@@ -68,6 +68,8 @@ class Recommend:
             _make_parent("output", self.output)
         titles = None
         if self.titles is not None:
+            from models.data import read_titles
+
             titles = read_titles(self.titles, item_column=self.title_item_column, title_column=self.title_column)
 
         from models.serving.trained import Recommender
@@ -228,40 +230,11 @@ def load_and_describe(source: SourceConfig) -> "Interactions":
     interactions = source.load_interactions()
     print(f"{source.data or 'embedded data'}: {interactions}")
     for note in interactions.notes:
-        print(f"  {note}")
+        if note.startswith("warning:"):
+            print(note, file=sys.stderr)
+        else:
+            print(f"  {note}")
     return interactions
-
-
-def read_titles(path: Path, *, item_column: str = "item_id", title_column: str = "title") -> dict[str, str]:
-    """Reads titles from a table with a header line and one line an item.
-
-    Args:
-      path: the file, with tabs between the columns if the header has one, otherwise with commas.
-      item_column: column of the items' raw ids.
-      title_column: column of the titles.
-
-    Returns:
-      Title by raw id, both as text.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is no such table, or a column is missing.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"titles: {path} does not exist; give a table with one line an item")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in header else {}
-            rows = csv.reader(itertools.chain([header], file), **dialect)
-            names = next(rows, [])
-            for option, name in {"title_item_column": item_column, "title_column": title_column}.items():
-                if name not in names:
-                    raise ValueError(f"{option}: {path} has no column {name!r}; it has {', '.join(names) or 'none'}")
-            item, title = names.index(item_column), names.index(title_column)
-            return {row[item]: row[title] for row in rows if len(row) > max(item, title)}
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"titles: {path} cannot be read as a table ({error})") from None
 
 
 def _recommend_to_all(

@@ -53,6 +53,12 @@ class ReadingConfig:
     """Column of the times; none: order of the file (left out: a usual name, if there is one; without a header 4)."""
     header: bool = True
     """Whether the first line of a csv or tsv names the columns; if not, they are called 1, 2, 3 …."""
+    min_rating: float | None = None
+    """Rows with a smaller rating are left out."""
+    rating_column: str | None = None
+    """Column of the ratings that min_rating looks at (left out: one with a usual name; without a header 3)."""
+    where: tuple[str, ...] = ()
+    """column=value: rows with another value are left out; several values of one column are alternatives."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from models.data import ids_to_arrays, ids_usage
 from models.evaluation.queries import history_scores, user_scores
 from models.training.checkpoints import LoadedRun
 from models.training.files import write_bytes
@@ -63,7 +64,7 @@ def write_export(run: LoadedRun, path: Path) -> Path:
     """
     items = path.with_name(f"{path.stem}.items.npz")
     data = export_scores(run).serialize()
-    ids = {"item_ids": run.item_ids} | ({} if run.users is None else {"user_ids": run.users.ids})
+    ids = ids_to_arrays(run.item_ids) | ({} if run.users is None else {"user_ids": run.users.ids})
     write_bytes(items, lambda file: np.savez_compressed(file, **ids))
     write_bytes(path, lambda file: file.write(data))
     return items
@@ -81,7 +82,7 @@ def usage(run: LoadedRun, path: Path, items: Path) -> str:
 import jax, numpy as np
 
 scores = jax.export.deserialize(bytearray(open({str(path)!r}, "rb").read())).call
-item_ids = np.load({str(items)!r})["item_ids"]
+{ids_usage(run.item_ids, str(items))}
 """
     if run.users is not None:
         return f"""{load}user_ids = np.load({str(items)!r})["user_ids"].tolist()

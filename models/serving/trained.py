@@ -396,7 +396,7 @@ def in_catalogue(interactions: Interactions, item_ids: np.ndarray, *, min_user_i
             f"items there are called such as {item_ids[1]}, here {interactions.item_ids[occurring[0]]}"
         )
     kept = dataclasses.replace(kept, items=number[kept.items], num_items=len(item_ids) - 1, item_ids=item_ids)
-    return kept.noting(
+    return kept.with_notes(
         f"items matched by their ids: removed {np.sum(number[occurring] == 0):,} unknown items, {unknown:,} "
         f"interactions with them and {interactions.num_users - kept.num_users:,} users"
     )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from models.architectures.base import Recommender
 from models.architectures.registry import config_from_dict, make_model
 from models.config import Optimizer, TrainConfig
-from models.data import Interactions
+from models.data import Interactions, ids_from_arrays, ids_to_arrays
 from models.training import beside
 from models.training.files import write_bytes, write_json
 from sevo_optax import with_graphs, without_graphs
@@ -75,8 +75,7 @@ class RunInfo:
     def write(self, directory: Path, item_ids: np.ndarray) -> None:
         """Writes ``run.json`` and ``items.npz``."""
         directory.mkdir(parents=True, exist_ok=True)
-        ids = item_ids if item_ids.dtype.kind in "iuf" else item_ids.astype(str)
-        write_bytes(directory / "items.npz", lambda file: np.savez_compressed(file, item_ids=ids))
+        write_bytes(directory / "items.npz", lambda file: np.savez_compressed(file, **ids_to_arrays(item_ids)))
         values = dataclasses.asdict(self) | {"config": self.config.to_dict()}
         write_json(directory / "run.json", {"format": FORMAT} | values)
 
@@ -300,7 +299,7 @@ def load_run(directory: Path, which: Which = "best") -> LoadedRun:
     info = RunInfo.read(directory)
     try:
         with np.load(directory / "items.npz") as file:
-            item_ids = file["item_ids"]
+            item_ids = ids_from_arrays(file)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{directory / 'items.npz'} cannot be read ({error}); train again") from None
     checkpoint = next(Checkpoints(directory).readable(), None)

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.architectures.registry import config_from_dict, make_config, make_model
 from models.data import drifting_interests
-from models.architectures.registry import make_model
 from models.training.checkpoints import Checkpoint, Checkpoints, RunInfo, fingerprint, flatten
-from models.config import TrainConfig
 
-CONFIG = TrainConfig(max_length=12, embedding_dim=8, num_blocks=1, eval_every=1, epochs=2, batch_size=20)
+CONFIG = make_config(max_length=12, embedding_dim=8, num_blocks=1, eval_every=1, epochs=2, batch_size=20)
 
 
 def small_data(item_ids=None):
@@ -23,9 +22,9 @@ def small_data(item_ids=None):
 
 def params_of(config, num_items, seed):
     """Random parameters, which give no two items the same score."""
-    model = nnx.eval_shape(lambda: make_model(config, num_items=num_items, max_length=config.max_length, seed=0))
+    model = nnx.eval_shape(lambda: make_model(config, num_users=60, num_items=num_items, seed=0))
     rng = np.random.default_rng(seed)
-    shapes = nnx.state(model, nnx.Param)
+    shapes = nnx.state(model)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.3, size=x.shape), x.dtype), shapes)
 
 
@@ -35,7 +34,11 @@ def save_run(directory, interactions, config=CONFIG, **options):
     Returns:
       The run's folder.
     """
-    config = dataclasses.replace(config, **options).resolved()
+    model = options.get("model", config.model)
+    changed = {} if model != config.model else config.differing()
+    if model != config.model:
+        changed = {name: value for name, value in config.differing().items() if name != "model"}
+    config = config_from_dict(changed | {"model": model} | options)
     info = RunInfo("adamw", config, interactions.num_items, fingerprint(interactions))
     info.write(directory, interactions.item_ids)
     best, last = (params_of(config, interactions.num_items, seed) for seed in (1, 2))

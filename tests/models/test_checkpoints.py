@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.config import TrainConfig
 from models.data import drifting_interests
 from models.training import checkpoints, loop
 from models.training.checkpoints import CheckpointError, Checkpoints, flatten, load_run
-from models.config import TrainConfig
 from models.training.files import read_history
 from models.training.prepare import prepare
 

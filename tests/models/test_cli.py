@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from models.__main__ import main
-from models.training import loop
 from models.config import TrainConfig
+from models.training import loop
 from sevo_optax import graph
 
 SMALL = ["--epochs", "2", "--eval-every", "1", "--batch-size", "8", "--embedding-dim", "8", "--max-length", "6"]
@@ -257,7 +257,7 @@ def test_graph_of_attributes(data, tmp_path, capsys):
         ("item_id\tgenres\nx\tDrama\n", [], "is among the items of"),
         ("item_id\tgenres\n1\t\n", [], "no item of"),
         ("item_id\tgenres\n99\tDrama\n", [], "99"),
-        ("", [], "cannot be read as a table"),
+        ("", [], "items.tsv is empty"),
         (None, [], "does not exist"),
     ],
 )

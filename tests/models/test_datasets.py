@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from models.__main__ import main
+from models.config import SourceConfig
 from models.data import NAMED, download, fetch_named, load
 from models.data.download import cache_folder, extract
-from models.config import SourceConfig
 
 RATINGS = "1::10::5::30\n1::20::3::10\n2::10::4::20\n"
 

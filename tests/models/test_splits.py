@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
-from models.data import Interactions, global_time, leave_one_out, make_split
-from models.feeds import NegativeSampler, pack
-from models.data.splits import seconds_since_1970
 from models.architectures.sasrec import SASRec
+from models.data import Interactions, global_time, leave_one_out, make_split
+from models.data.splits import seconds_since_1970
 from models.evaluation.ranking import FullRanking
+from models.feeds import NegativeSampler, pack
 
 # user -> [(time, item)]: in turn with both targets, without history, with a test target only, with times at the cuts.
 USERS = {

@@ -8,13 +8,13 @@ import optax
 import pytest
 from flax import nnx
 
-from models.evaluation import metrics
-from models.compilation import jit
-from models.data import Interactions, drifting_interests
-from models.objectives.losses import binary_cross_entropy, make_loss
 from models.architectures.registry import make_model
-from models.training import compare, loop
+from models.compilation import jit
 from models.config import OPTIMIZERS, TrainConfig
+from models.data import Interactions, drifting_interests
+from models.evaluation import metrics
+from models.objectives.losses import binary_cross_entropy, make_loss
+from models.training import compare, loop
 from models.training.files import read_history, write_json
 from models.training.optimizers import make_optimizer, make_schedule, make_stages
 from models.training.prepare import prepare
