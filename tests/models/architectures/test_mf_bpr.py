@@ -1,10 +1,12 @@
 import csv
+import itertools
 from pathlib import Path
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 import yaml
@@ -16,10 +18,13 @@ from models.architectures.registry import config_from_dict, make_config, make_mo
 from models.config import Loss
 from models.data import Interactions
 from models.feeds import NegativeSampler, PairBatch, Pairs
+from models.graphs import smoothed_nodes
 from models.objectives.losses import make_loss
 from models.objectives.objective import training_loss
+from models.training.optimizers import make_stages
 from sevo_optax import graph, sevo
 from tests.models.architectures import pairs_reference
+from tests.sevo_optax import reference
 
 PUBLISHED = Path(__file__).resolve().parents[3].parent / "shared" / "reference" / "hyperparameters.csv"
 # Item 7 is in nobody's training data, users 1 and 3 have something in common with nobody.
@@ -151,6 +156,70 @@ def test_tables_are_smoothed_over_users_and_items_in_this_order():
     expected = series @ np.concatenate(tables(params))
     np.testing.assert_allclose(np.concatenate(tables(smoothed)), expected, rtol=1e-4, atol=1e-6)
     assert model.node_sets["items"] == (("item_embedding",),)
+
+
+@pytest.mark.parametrize("kind", ["item-item", "user-item", "adam"])
+def test_an_arm_updates_each_table_as_published(kind):
+    """Items alone are smoothed and corrected over items; both together over users and items; nothing by Adam."""
+    options = {"optimizer": "adam"} if kind == "adam" else {"graph": (kind,)}
+    config = make_config("mf-bpr", learning_rate=0.1, weight_decay=0.2, beta=0.6, **options)
+    model = build()
+    params = nnx.state(model, nnx.Param)
+    rng = np.random.default_rng(0)
+    # Rows that are idle in every second step or so.
+    gradients = [[rng.normal(size=(rows, 4)) * (rng.random((rows, 1)) < 0.5) for rows in (5, 8)] for _ in range(4)]
+    tx = optax.named_chain(*make_stages(config.optimizer, config, smoothed_nodes(INTERACTIONS, config, model)).items())
+    found, state = params, tx.init(params)
+    for users, items in gradients:
+        step = jax.tree.map(jnp.asarray, params)
+        step["user_embedding"]["embedding"][...] = jnp.asarray(users, jnp.float32)
+        step["item_embedding"]["embedding"][...] = jnp.asarray(items, jnp.float32)
+        updates, state = tx.update(step, state, found)
+        found = optax.apply_updates(found, updates)
+
+    def smoothing(matrix):
+        return lambda x: reference.smooth(x, matrix, 0.6, 3)
+
+    def last(trajectory, table, of, psi):
+        stacked = np.stack([np.asarray(of(gradient), np.float64) for gradient in gradients])
+        return trajectory(np.asarray(table, np.float64), stacked, psi, 0.1, 0.9, 0.999, 0.2)[-1]
+
+    users, items = tables(params)
+    if kind == "user-item":
+        psi = smoothing(pairs_reference.adjacency(INTERACTIONS))
+        expected = last(reference.adamw_trajectory, np.concatenate([users, items]), np.concatenate, psi)
+        expected = expected[:5], expected[5:]
+    elif kind == "item-item":
+        follow = np.zeros((8, 8))
+        for sequence in SEQUENCES:
+            for left, right in itertools.pairwise(sequence):
+                follow[left, right] += 1
+                follow[right, left] += 1
+        expected = (
+            last(plain_adamw, users, lambda gradient: gradient[0], None),
+            last(
+                reference.adamw_trajectory,
+                items,
+                lambda gradient: gradient[1],
+                smoothing(reference.normalize(follow)),
+            ),
+        )
+    else:
+        expected = [
+            last(reference.adam_trajectory, table, lambda gradient, i=i: gradient[i], lambda x: x)
+            for i, table in enumerate((users, items))
+        ]
+    for ours, theirs in zip(tables(found), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def plain_adamw(params, grads, psi, lr, b1, b2, weight_decay):
+    """AdamW without the correction for idle rows."""
+    out = []
+    for direction in reference.adam_directions(grads, b1, b2):
+        params = params - lr * direction - lr * weight_decay * params
+        out.append(params)
+    return np.stack(out)
 
 
 def read(preset):
