@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tabulate import tabulate
 
+from models.checks import QUANTILES
 from models.config import SELECTION, Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
 from models.training.files import make_folder, write_bytes, write_json, write_text
 
@@ -31,7 +33,7 @@ Found = tuple[Any, "Recommendation"]
 
 @dataclasses.dataclass(frozen=True)
 class Recommend:
-    """Recommend what may follow one history, or every history of a file."""
+    """Recommend what may follow one history, or every history of a file, or to users known from training."""
 
     checkpoint: Path
     """Folder of the training run: what its --output-dir was."""
@@ -41,10 +43,18 @@ class Recommend:
     """Ids of the items of one user, oldest first."""
     histories: Path | None = None
     """A file of interactions instead: a recommendation for every user in it."""
+    users: tuple[str, ...] = ()
+    """Ids of users that the model was trained with instead, for models with a table of users."""
     k: int = 10
     """How many items to recommend."""
     include_seen: bool = False
     """Whether items of the history may be recommended again."""
+    only_items: Path | None = None
+    """A text file with the only items that may be recommended, an id a line."""
+    exclude_items: Path | None = None
+    """A text file of items that are not recommended to anybody, an id a line."""
+    candidates: Path | None = None
+    """A file of interactions: the only items that each user may be recommended (with --histories or --users)."""
     titles: Path | None = None
     """A table with one line an item (.csv, .tsv, .parquet, .json, also compressed), to show titles from."""
     title_item_column: str = "item_id"
@@ -54,12 +64,17 @@ class Recommend:
     output: Path | None = None
     """A .csv (one line an item) or .jsonl (one line a user) to write (left out: a table is printed)."""
     reading: tyro.conf.OmitArgPrefixes[ReadingConfig] = dataclasses.field(default_factory=ReadingConfig)
-    """How the file of histories is read."""
+    """How the files of histories and candidates are read."""
 
     def run(self) -> None:
         """Recommends, and prints a table or where the recommendations are."""
-        if bool(self.history) == (self.histories is not None):
-            raise ValueError("give either --history with the ids of one user's items, or --histories with a file")
+        if bool(self.history) + (self.histories is not None) + bool(self.users) != 1:
+            raise ValueError(
+                "give either --history with the ids of one user's items, or --histories with a file, or --users with "
+                "ids of users from training"
+            )
+        if self.candidates is not None and self.history:
+            raise ValueError("candidates belong to users; with --history give the only items with --only-items")
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
         if self.output is not None:
@@ -72,11 +87,21 @@ class Recommend:
 
             titles = read_titles(self.titles, item_column=self.title_item_column, title_column=self.title_column)
 
-        from models.serving.trained import Recommender
+        options: dict[str, Any] = {"k": self.k, "exclude_seen": not self.include_seen}
+        if self.only_items is not None:
+            options["only_items"] = read_ids("only_items", self.only_items)
+        if self.exclude_items is not None:
+            options["exclude_items"] = read_ids("exclude_items", self.exclude_items)
+        candidates = None if self.candidates is None else self._candidates()
 
-        recommender = Recommender.load(self.checkpoint, self.which)
-        recommend = partial(recommender.recommend, k=self.k, exclude_seen=not self.include_seen)
-        if self.histories is None:
+        from models.serving.trained import TrainedModel
+
+        recommender = TrainedModel.load(self.checkpoint, self.which)
+        recommend = partial(recommender.recommend, **options)
+        if self.users:
+            mine = None if candidates is None else [candidates.get(user, []) for user in self.users]
+            found = zip(self.users, recommender.recommend_to_users(self.users, **options, candidates=mine), strict=True)
+        elif self.histories is None:
             (recommendation,) = recommend([self.history])
             if len(recommendation.unknown) == len(set(self.history)):
                 raise ValueError(
@@ -86,7 +111,7 @@ class Recommend:
             found = [(None, recommendation)]
         else:
             data = load_and_describe(SourceConfig(data=self.histories, **dataclasses.asdict(self.reading)))
-            found = _recommend_to_all(data, recommend)
+            found = _recommend_to_all(data, recommend, candidates)
         watch = _Watch()
         if self.output is None:
             print(_table(list(_lines(watch.pass_on(found), titles))))
@@ -95,6 +120,12 @@ class Recommend:
             write_bytes(self.output, lambda file: write(file, watch.pass_on(found), titles))
             print(f"recommendations for {watch.users:,} {'user' if watch.users == 1 else 'users'}: {self.output}")
         watch.report()
+
+    def _candidates(self) -> dict[str, list[Any]]:
+        """The candidates of each user, by the user's id as text."""
+        data = load_and_describe(SourceConfig(data=self.candidates, **dataclasses.asdict(self.reading)))
+        users = map(str, data.user_ids.tolist())
+        return {user: data.item_ids[items].tolist() for user, items in zip(users, data, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +172,7 @@ class Evaluate:
         for name in ("per_user", "output"):
             _make_parent(name, getattr(self, name))
 
+        from models.data import split_interactions
         from models.serving.trained import evaluate, in_catalogue
         from models.training.checkpoints import fingerprint, load_run
 
@@ -152,7 +184,7 @@ class Evaluate:
             interactions = in_catalogue(interactions, run.item_ids, min_user_interactions=shortest)
             print(f"  {interactions.notes[-1]}")
         evaluation = evaluate(
-            run, config.split_interactions(interactions), ks=config.ks, exclude_seen=config.exclude_seen
+            run, split_interactions(interactions, config), ks=config.ks, exclude_seen=config.exclude_seen
         )
         tested = (
             f"at the epoch with the best validation {SELECTION}" if self.which == "best" else "after the last epoch"
@@ -190,9 +222,13 @@ class Evaluate:
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if "split_quantiles" in given:
             given.setdefault("split_times", None)
+        if given.get("split_times") is not None or given.get("split") == "leave-one-out":
+            given.setdefault("split_quantiles", QUANTILES)
+        if given.get("split") == "leave-one-out":
+            given.setdefault("split_times", None)
         if self.exclude_seen or self.include_seen:
             given["exclude_seen"] = self.exclude_seen
-        return dataclasses.replace(config, **reading | given).resolved()
+        return dataclasses.replace(config, **reading | given).checked()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +248,7 @@ class Export:
         if self.output is not None:
             _make_parent("output", output)
 
-        from models import export
+        from models.serving import export
         from models.training.checkpoints import load_run
 
         run = load_run(self.checkpoint, self.which)
@@ -227,7 +263,9 @@ class Export:
 
 def load_and_describe(source: SourceConfig) -> "Interactions":
     """Reads the data, and says what it is and what was done to it."""
-    interactions = source.load_interactions()
+    from models.data import load_interactions
+
+    interactions = load_interactions(source)
     print(f"{source.data or 'embedded data'}: {interactions}")
     for note in interactions.notes:
         if note.startswith("warning:"):
@@ -237,14 +275,34 @@ def load_and_describe(source: SourceConfig) -> "Interactions":
     return interactions
 
 
+def read_ids(option: str, path: Path) -> list[str]:
+    """Reads the ids of items from a text file, one a line.
+
+    Raises:
+      ValueError: if it cannot be read, or holds none; it names the option.
+    """
+    try:
+        ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise ValueError(f"{option}: {path} cannot be read ({reason}); give a text file with an id a line") from None
+    ids = [raw for raw in ids if raw]
+    if not ids:
+        raise ValueError(f"{option}: {path} holds no id; give a text file with an id a line")
+    return ids
+
+
 def _recommend_to_all(
-    interactions: "Interactions", recommend: Callable[[list[Any]], list["Recommendation"]]
+    interactions: "Interactions",
+    recommend: Callable[..., list["Recommendation"]],
+    candidates: Mapping[str, list[Any]] | None = None,
 ) -> Iterator[Found]:
     """Recommends to some users at a time: what is found for a large file never exists whole."""
     pairs = zip(interactions.user_ids.tolist(), interactions, strict=True)
     while group := list(itertools.islice(pairs, USERS_AT_ONCE)):
         histories = [interactions.item_ids[items] for _, items in group]
-        yield from zip([user for user, _ in group], recommend(histories), strict=True)
+        mine = None if candidates is None else [candidates.get(str(user), []) for user, _ in group]
+        yield from zip([user for user, _ in group], recommend(histories, candidates=mine), strict=True)
 
 
 class _Watch:
@@ -317,16 +375,8 @@ def _table(lines: list[dict[str, Any]]) -> str:
     if not lines:
         return ""
     cells = [[f"{value:.4f}" if name == "score" else str(value) for name, value in line.items()] for line in lines]
-    cells = [list(lines[0]), *cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [not isinstance(value, str) for value in lines[0].values()]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in cells
-    )
+    sides = ["left" if isinstance(value, str) else "right" for value in lines[0].values()]
+    return tabulate([list(lines[0]), *cells], tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 def _make_parent(option: str, path: Path | None) -> None:

@@ -59,17 +59,34 @@ def smoothed_nodes(train: Interactions, config: TrainConfig, model: Recommender)
             f"graph: user-item needs a table of users, which {config.model} does not have; "
             "give item-item, attributes or a file, or a model such as mf-bpr"
         )
-    num_nodes = train.num_items + model.num_special
-    matrices = [_matrix(name, train, config, num_nodes) for name in config.graph]
-    if node_set == "users+items":
-        num_nodes += train.num_users
-    padded = [_padded(matrix, num_nodes) for matrix in matrices]
+    return Nodes(build_graph(train, config, model.num_special), node_set, model.node_sets[node_set])
+
+
+def build_graph(interactions: Interactions, config: GraphConfig, num_special: int = 1) -> BCOO:
+    """Builds the graphs that a configuration names, and combines them.
+
+    Args:
+      interactions: what they are built from.
+      config: ``graph`` and what belongs to it.
+      num_special: rows of the item table that are no items, isolated nodes: row 0, and any behind the last item.
+
+    Returns:
+      Raw weights over the rows of an item table or, if ``user-item`` is among the graphs, over users and then these
+      rows. Several graphs are normalised first.
+
+    Raises:
+      FileNotFoundError: if a file does not exist.
+      ValueError: if a file or an option does not fit.
+    """
+    num_nodes = interactions.num_items + num_special
+    matrices = [_matrix(name, interactions, config, num_nodes) for name in config.graph]
+    if "user-item" in config.graph:
+        num_nodes += interactions.num_users
+    padded = [graph.from_scipy(_padded(matrix, num_nodes)) for matrix in matrices]
     if len(padded) == 1:
-        adjacency = graph.from_scipy(padded[0])
-    else:
-        weights = config.graph_weights or (1.0,) * len(padded)
-        adjacency = graph.combine([graph.normalize(graph.from_scipy(matrix)) for matrix in padded], weights)
-    return Nodes(adjacency, node_set, model.node_sets[node_set])
+        return padded[0]
+    weights = config.graph_weights or (1.0,) * len(padded)
+    return graph.combine([graph.normalize(adjacency) for adjacency in padded], weights)
 
 
 def item_graph(name: str, interactions: Interactions, config: GraphConfig) -> BCOO:
@@ -140,24 +157,24 @@ def _padded(matrix: scipy.sparse.csr_array, num_nodes: int) -> scipy.sparse.csr_
     return scipy.sparse.block_diag([scipy.sparse.csr_array((missing, missing), dtype=matrix.dtype), matrix], "csr")
 
 
-def title(name: str, source: str, part: str, config: GraphConfig) -> str:
-    """A graph in words.
+def describe_graphs(source: str, part: str, config: GraphConfig) -> str:
+    """The graphs of a configuration in words.
 
     Args:
-      name: of the graph, as in ``config.graph``.
       source: what the data is called.
-      part: which part of it the graph is built from: train or all.
-      config: what belongs to graphs of that name.
+      part: which part of it they are built from: train or all.
+      config: ``graph`` and what belongs to it.
     """
-    if name == "attributes":
-        return f"{source}: items that share {config.attribute_column}"
-    if name != "item-item":
-        return f"{source}: {name}"
     what = "training interactions" if part == "train" else "all interactions"
-    return (
-        f"{source}: co-occurrence in {what}, {config.graph_keep} {config.graph_max_length}, "
-        f"up to {config.max_hops} hops, by {config.graph_weighting}"
-    )
+    words = {
+        "item-item": (
+            f"co-occurrence in {what}, {config.graph_keep} {config.graph_max_length}, up to {config.max_hops} hops, "
+            f"by {config.graph_weighting}"
+        ),
+        "user-item": f"users and items in {what}",
+        "attributes": f"items that share {config.attribute_column}",
+    }
+    return f"{source}: {' and '.join(words.get(name, name) for name in config.graph)}"
 
 
 def describe(adjacency: BCOO, heading: str, output_dir: Path) -> Iterator[str]:

@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from models.training.files import write_bytes
+
 # Colours that stay apart for colour-blind readers, one an optimizer everywhere.
 COLORS = {"adamw": "#7f7f7f", "sevo-adamw": "#0072b2", "sevo-gradient": "#d55e00"}
 # For runs of the same optimizer.
@@ -192,7 +194,7 @@ def graph_drawing(adjacency: scipy.sparse.csr_array, path: Path, *, title: str =
 
 def _save(fig: Figure, path: Path) -> None:
     """Writes the PNG whole or not at all, and frees the figure."""
-    partial = path.with_name(path.name + ".partial")
-    fig.savefig(partial, format="png", dpi=150)
-    plt.close(fig)
-    partial.replace(path)
+    try:
+        write_bytes(path, lambda file: fig.savefig(file, format="png", dpi=150))
+    finally:
+        plt.close(fig)

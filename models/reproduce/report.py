@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from tabulate import tabulate
+
 from models import plots
 from models.config import SELECTION
 from models.reproduce.cells import Cell, read_family
@@ -338,5 +340,5 @@ def _distinct(values: Sequence[str]) -> list[str]:
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int) -> str:
     """A table whose first ``left`` columns are text and whose others are figures."""
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+    sides = ["left"] * left + ["right"] * (len(header) - left)
+    return tabulate(lines, header, tablefmt="pipe", disable_numparse=True, colalign=sides)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.config import TrainConfig
+from models.memory import out_of_memory_told
 from models.reproduce.cells import Cell, cell_path, portable
 from models.reproduce.tables import Family, Table
 from models.training.files import read_history
@@ -246,7 +247,8 @@ def _worker(jobs: Sequence[Job], index: int, workers: int) -> None:
         os.sched_setaffinity(0, cores[index::workers] or cores)
     os.environ["TQDM_POSITION"] = str(index)
     try:
-        train(jobs)
+        with out_of_memory_told():
+            train(jobs)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tabulate import tabulate
 
 from models.config import OPTIMIZERS, SELECTION, Optimizer, TrainConfig
 from models.training.files import curve, read_history, write_json
@@ -146,10 +147,5 @@ def table(results: dict[str, list[Result]]) -> str:
             line.append("" if found is None or found.p_value is None else f"{found.p_value:.2g}")
         line.append(", ".join(str(run.best_epoch) for run in runs))
         lines.append([*line, f"{statistics.median(run.epoch_seconds for run in runs):.2f}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    sides = ["left"] + ["right"] * (len(lines[0]) - 1)
+    return tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=sides)

@@ -17,6 +17,7 @@ from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
 from models.evaluation import metrics
 from models.training.prepare import Prepared
 from models.training.program import Program
+from models.training.progress import Progress
 from models.training.run import Result, Run
 
 
@@ -152,14 +153,10 @@ def _train(runs: Sequence[Run], program: Program, done: int, begin: float) -> No
                 run.save(epoch, program.params_of(i), program.state_of(i))
 
     name = runs[0].optimizer + (f", {len(runs)} seeds" if len(runs) > 1 else "")
-    with (
-        _stop_gently() as asked,
-        tqdm(total=config.epochs, initial=done, desc=name, unit="epoch", dynamic_ncols=True) as bar,
-    ):
-        bar.set_postfix_str("compiling")
+    with _stop_gently() as asked, Progress(name, epochs=config.epochs, done=done) as progress:
         for epoch in range(done + 1, config.epochs + 1):
             if all(run.stopped for run in runs):
-                bar.write(f"no better validation {SELECTION} in {config.patience} evaluations: stopped early")
+                progress.note(f"no better validation {SELECTION} in {config.patience} evaluations: stopped early")
                 break
             start = time.perf_counter()
             losses = program.epoch(epoch)
@@ -167,7 +164,7 @@ def _train(runs: Sequence[Run], program: Program, done: int, begin: float) -> No
             evaluated = epoch % config.eval_every == 0 or epoch == config.epochs
             ranks = program.ranks(prepared.validation) if evaluated and np.isfinite(losses).all() else None
             diagnostics = program.diagnose(epoch) if config.diagnostics else None
-            speed = prepared.num_tokens * len(runs) / seconds
+            tokens = prepared.num_tokens * len(runs)
             for i, run in enumerate(runs):
                 if run.stopped:
                     continue
@@ -176,7 +173,7 @@ def _train(runs: Sequence[Run], program: Program, done: int, begin: float) -> No
                     "epoch": epoch,
                     "loss": float(losses[i].mean()),
                     "seconds": round(seconds, 4),
-                    "tokens_per_second": round(speed),
+                    "tokens_per_second": round(tokens / seconds),
                 }
                 if ranks is not None:
                     record["validation"] = metrics.summarize(ranks[i], tuple(sorted({*config.ks, SELECTION_K})))
@@ -188,10 +185,11 @@ def _train(runs: Sequence[Run], program: Program, done: int, begin: float) -> No
             stop = asked.is_set()  # asked once: a signal between saving and stopping waits for the next epoch
             if evaluated or stop:
                 save(epoch)
-            best = [run.best[0] for run in runs if run.best is not None]
-            shown = f"loss {losses.mean():.4f}, {speed:,.0f} tokens/s"
-            bar.set_postfix_str(shown + (f", best {SELECTION} {np.mean(best):.4f}" if best else ""))
-            bar.update()
+            shown = {"loss": losses.mean(), "seconds": seconds, "tokens": tokens}
+            if ranks is not None:
+                shown["validation"] = np.mean([run.history[-1]["validation"][SELECTION] for run in runs])
+                shown["best"] = np.mean([run.best[0] for run in runs])
+            progress.epoch(epoch, **shown)
             if stop and epoch < config.epochs:
                 raise KeyboardInterrupt(f"interrupted after epoch {epoch}, which is saved; go on with --resume")
     for run in runs:

@@ -14,6 +14,7 @@ from models.data import Interactions, Split, split_interactions
 from models.evaluation.ranking import FullRanking
 from models.feeds import NegativeSampler, PackedSequences, Pairs, Prefixes, pack
 from models.graphs import Nodes, smoothed_nodes
+from models.memory import check_memory, training_needs
 
 # The losses that draw items a user has not interacted with.
 DRAWS_UNSEEN = ("bce", "bpr")
@@ -52,7 +53,12 @@ class Prepared:
 
 
 def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
-    """Splits, packs and copies to the device; builds graphs from the training part alone."""
+    """Splits, packs and copies to the device; builds graphs from the training part alone.
+
+    Raises:
+      OutOfMemoryError: if training would need more memory than there is.
+    """
+    check_memory(training_needs(config, interactions), config)
     kind = model_class(config.model)
     split = split_interactions(interactions, config)
     ranking = partial(

@@ -131,6 +131,8 @@ def test_few_shapes_are_compiled(sasrec):
         ([["item 1"]], 0, "k must be at least 1, got 0"),
         (["item 1"], 3, r"number 0 is 'item 1'; for a single user give \[history\]"),
         ([["item 1"], 7], 3, "number 1 is 7"),
+        ([["item 1"], [["item 2", "item 3"]]], 3, r"number 1 holds \['item 2', 'item 3'\]"),
+        ([[{"id": 3}]], 3, "ids of items, numbers or text, but number 0 holds"),
     ],
 )
 def test_bad_requests(recommender, histories, k, message):

@@ -116,10 +116,11 @@ class TestFormats:
         assert data.item_ids.tolist() == list(range(10))
         assert data.notes == ("in the order of each line",)
 
-    def test_sequences_and_embedded_data_need_no_polars(self, tmp_path):
+    def test_sequences_and_embedded_data_need_no_polars_and_no_pooch(self, tmp_path):
         path = write(tmp_path / "a.txt", "1 2 3\n")
         code = (
-            f"import sys; from models.data import load; load({str(path)!r}); load(); assert 'polars' not in sys.modules"
+            f"import sys; from models.data import load; load({str(path)!r}); load(); "
+            "assert not {'polars', 'pooch', 'requests'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import statistics
 from pathlib import Path
 
@@ -346,8 +347,12 @@ class TestReport:
         return folder / "results"
 
     @staticmethod
-    def lines(results, start):
-        text = (results / "README.md").read_text()
+    def text(results):
+        """The report without the blanks that align its tables."""
+        return re.sub(" +", " ", (results / "README.md").read_text())
+
+    def lines(self, results, start):
+        text = self.text(results)
         return [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(start)]
 
     def test_numbers(self, results):
@@ -366,7 +371,7 @@ class TestReport:
         plain, plain_sd = np.mean(ndcg["adamw"]), np.std(ndcg["adamw"], ddof=1)
         assert base[2:6] == ["4", f"{plain:.4f} ± {plain_sd:.4f}", "0.3000", f"{plain - 0.3:+.4f}"]
         assert base[6:8] == [f"{plain_sd / 2:.4f}", "yes" if abs(plain - 0.3) < plain_sd else "no"]
-        line = self.lines(results, "|  | sevo-adamw |")[0]
+        line = self.lines(results, "| | sevo-adamw |")[0]
         assert line[2:6] == ["3", f"{mean:.4f} ± {sd:.4f}", "0.3300 ± 0.0100", f"{mean - 0.33:+.4f}"]
         assert line[6:8] == [f"{error:.4f}", "yes" if abs(mean - 0.33) < 2 * error else "no"]
         assert line[8:] == [f"{gain:+.1%}", "+10.0%", f"{p_value:.2g}"]
@@ -401,7 +406,7 @@ class TestReport:
             best = {"NDCG@10": max(curve.values())}
             dataclasses.replace(Cell.read(path), history=history, config=config, validation=best).write(path)
         reproduce(report=True)
-        text = Path("results/README.md").read_text()
+        text = self.text(Path("results"))
         assert text.count("**sevo-adamw") == text.count("**sevo-adamw (beta 0.5)**") == 1
         header, _, *lines = text[text.index("| validation NDCG@10 after epoch") :].splitlines()[:5]
         assert header == "| validation NDCG@10 after epoch | 10 | 20 | 40 |"
@@ -428,10 +433,10 @@ class TestReport:
             Path(f"results/tiny/tiny-sasrec-{name}-seed0.json").unlink()
         reproduce(seeds=1, arms=("adamw",))
         reproduce(report=True)
-        text = Path("results/README.md").read_text()
+        text = self.text(Path("results"))
         assert "* SASRec on tiny: sevo-adamw\n* SASRec with cross-entropy on tiny: sevo-adamw (beta 0.5)\n" in text
         assert "* SASRec on Beauty\n" in text
-        (line,) = self.lines(folder / "results", "|  | sevo-adamw (beta 0.9) † |")
+        (line,) = self.lines(folder / "results", "| | sevo-adamw (beta 0.9) † |")
         assert line[-3:] == ["–", "–", "–"]  # one epoch is not compared with two
         assert "| sevo-adamw (beta 0.9) †, ours |" in text
 
@@ -450,7 +455,7 @@ class TestReport:
 
     def test_one_published_run_lends_its_deviation(self, folder, trained):
         reproduce(seeds=1)
-        line = self.lines(folder / "results", "|  | sevo-adamw |")[0]
+        line = self.lines(folder / "results", "| | sevo-adamw |")[0]
         assert line[6] == f"{np.sqrt(0.01**2 + 0.01**2 / 3):.4f}"
         (base,) = self.lines(folder / "results", "| SASRec on tiny | adamw ")
         assert base[6:] == ["–"] * 5
@@ -492,28 +497,50 @@ def test_the_published_figures():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("title: A tiny table", "name: A tiny table", "unknown entry 'name'; it may hold title, description"),
+        ("title: A tiny table", "titel: A tiny table", "tiny.yaml: unknown field 'titel'; did you mean 'title'?"),
+        (
+            "title: A tiny table",
+            "name: A tiny table",
+            "unknown field 'name'; the fields are arms, datasets, description",
+        ),
         ("description: Nothing to see.", "", "tiny.yaml: description is missing"),
         (
             "arms: [adamw, sevo-adamw]",
             "arms: [adam]",
-            "arms must be among adamw, sevo-adamw, sevo-gradient, got 'adam'",
+            "arms 1 should be 'adamw', 'sevo-adamw' or 'sevo-gradient', got 'adam'",
         ),
-        ("arms: [adamw, sevo-adamw]", "arms: adamw", "arms must be a list, got 'adamw'"),
+        ("arms: [adamw, sevo-adamw]", "arms: adamw", "arms should be a list, got 'adamw'"),
+        ("arms: [adamw, sevo-adamw]", "arms: []", "arms: list should have at least 1 item, not 0, got []"),
         (
             "    dataset: tiny\n    preset",
             "    dataset: big\n    preset",
-            "row 1: dataset must be one of tiny, got 'big'",
+            "rows 1: dataset must be one of tiny, got 'big'",
         ),
         ("preset: preset.yaml", "preset: sasrec", "preset: 'sasrec' does not exist; give one of bert4rec-beauty"),
-        ("{loss: ce}", "{los: ce}", "row 2: unknown field 'los'; did you mean 'loss'"),
-        ("{loss: ce}", "{dropout_rate: 2}", "row 2: dropout_rate must lie in [0, 1), got 2.0"),
+        ("{loss: ce}", "{los: ce}", "rows 2: settings: unknown field 'los'; did you mean 'loss'?"),
+        ("{loss: ce}", "{dropout_rate: 2}", "rows 2: dropout_rate must lie in [0, 1), got 2.0"),
         ("{loss: ce}", "{}", "two rows are called tiny-sasrec-bce"),
-        ("[0.5, 0.9]", "0.5", "row 2: vary: beta must be a list of values, got 0.5"),
-        ("[0.5, 0.9]", "[0.5, x]", "row 2: vary: beta must be a number, got 'x'"),
-        ("- arm: sevo-adamw", "- arm: sevo", "row 1: published: arm must be among adamw"),
-        ("{file: tiny.txt,", "{path: tiny.txt,", "datasets: tiny: unknown entry 'path'"),
+        ("{loss: ce}", "{seed: 3}", "rows 2: settings: seed must not stand there"),
+        ("{loss: ce}", "3", "rows 2: settings should be a mapping, got 3"),
+        ("[0.5, 0.9]", "0.5", "rows 2: vary: beta should be a list, got 0.5"),
+        ("[0.5, 0.9]", "[]", "rows 2: vary: beta: list should have at least 1 item"),
+        ("[0.5, 0.9]", "[0.5, x]", "rows 2: vary: beta should be a valid number, got 'x'"),
+        ("- arm: sevo-adamw", "- arm: sevo", "rows 1: published 2: arm should be 'adamw'"),
+        ("- arm: sevo-adamw", "- arm: adamw", "rows 1: published: arm adamw stands there twice"),
+        ("metrics: {NDCG@10: 0.33}", "metrics: {HR@1: 0.3}", "published 2: metrics: NDCG@10 is missing"),
+        ("metrics: {HR@10: 0.5,", "metrics: {HR@2: 0.5,", "published 1: metrics: HR@2 should be 'HR@1', "),
+        ("[0.32, 0.34, 0.33]", "[0.32]", "published 2: runs: list should have at least 2 items, not 1"),
+        ("runs: [", "deviation: 1\n        runs: [", "published 2: runs and deviation exclude each other"),
+        ("1: [0.9, 1.0, 1.1]", "1: [0.9, 1.0]", "published 2: losses: 1 3 is missing"),
+        ("1: [0.9, 1.0, 1.1]", "0: [0.9, 1.0, 1.1]", "published 2: losses: 0 should be greater than or equal to 1"),
+        ("deviation: 0.01", "deviation: -1", "published 1: deviation should be greater than or equal to 0, got -1"),
+        ("        num_runs: 5", "", "rows 2: published 1: num_runs is missing"),
+        ("rows:\n", "rows:\n  - 3\n", "rows 1 should be a mapping, got 3"),
+        ("{file: tiny.txt,", "{path: tiny.txt,", "datasets: tiny: unknown field 'path'; the fields are file, public"),
+        ("public: {data: ml-100k}", "public: ml-100k", "datasets: tiny: public should be a mapping, got 'ml-100k'"),
+        ("  tiny: {file: tiny.txt, public: {data: ml-100k}}", "  - tiny", "datasets should be a mapping, got ['tiny']"),
         (TABLE, "rows: [", "is not YAML"),
+        (TABLE, f"rows: {'[' * 2000}{']' * 2000}", "tiny.yaml is nested too deeply"),
     ],
 )
 def test_bad_tables(folder, old, new, message):
