@@ -13,8 +13,7 @@ from models.architectures.mf_bpr import MFBPR, MFBPRConfig, Tables
 from models.config import Optimizer
 from models.data import Interactions
 from models.feeds import PairBatch
-from sevo_optax import graph
-from sevo_optax._propagate import prepare, propagate
+from sevo_optax import graph, propagate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +102,9 @@ class LightGCN(MFBPR):
         if not self.propagation_layers:
             return users, items
         layer = jnp.concatenate([users, items])
-        adjacency = prepare(context["adjacency"], layer.dtype, normalize=False)
         total = layer
         for _ in range(self.propagation_layers):
-            layer = propagate(adjacency, layer)
+            layer = propagate(context["adjacency"], layer)
             total += layer
         mean = total / (self.propagation_layers + 1)
         return mean[: len(users)], mean[len(users) :]

@@ -15,6 +15,7 @@ from flax import nnx
 from models import presets
 from models.architectures.mf_bpr import MFBPR, MFBPRConfig
 from models.architectures.registry import config_from_dict, make_config, make_model
+from models.checks import SAMPLED_LOSSES
 from models.config import Loss
 from models.data import Interactions
 from models.feeds import NegativeSampler, PairBatch, Pairs
@@ -56,7 +57,8 @@ def loss_and_gradient(model, loss="bpr", context=None, sampler=None, batch=BATCH
 
     def value(params):
         model = nnx.merge(graphdef, params, rest)
-        config = make_config("mf-bpr", loss=loss, num_negatives=3)
+        sampled = {"num_negatives": 3} if loss in SAMPLED_LOSSES else {}
+        config = make_config("mf-bpr", loss=loss, **sampled)
         return training_loss(model, make_loss(config), batch, context or {}, sampler or Fixed(), KEY)
 
     return jax.jit(jax.value_and_grad(value))(params)
