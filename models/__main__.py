@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import itertools
 import operator
 import os
 import sys
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 PROGRAM = "python -m models"
 DESCRIPTION = "Trains, compares and uses recommenders. --version instead of a command says which release this is."
 USAGE_ERROR = 2
+PATHS = ("output_dir", "results_dir", "work_dir", "data_dir", "cache_dir", "checkpoint", "data", "histories", "titles")
+PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates")
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -102,18 +105,26 @@ class Compare(RunOptions):
         check_numbers(dataclasses.replace(config, seed=config.seed + self.seeds - 1))  # the last of them
         arms = ("closed-form",) if config.optimizer == "closed-form" else self.arms
         prepared = _prepare(config, self.output_dir)
-        results = compare.compare(
-            prepared,
-            config,
-            self.output_dir,
-            optimizers=arms,
-            seeds=self.seeds,
-            resume=self.resume,
-            overwrite=self.overwrite,
-        )
-        print(f"\ntest metrics ({next(iter(results.values()))[0].protocol}):\n")
-        print(compare.table(results))
-        print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
+        diverged = None
+        try:
+            results = compare.compare(
+                prepared,
+                config,
+                self.output_dir,
+                optimizers=arms,
+                seeds=self.seeds,
+                resume=self.resume,
+                overwrite=self.overwrite,
+            )
+        except compare.ComparisonDivergedError as error:
+            results, diverged = error.results, error
+        if any(results.values()):
+            protocol = next(run.protocol for runs in results.values() for run in runs)
+            print(f"\ntest metrics ({protocol}):\n")
+            print(compare.table(results))
+            print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
+        if diverged is not None:
+            raise diverged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +256,19 @@ def _preset(arguments: Sequence[str]) -> dict[str, Any]:
     return load_preset(name)
 
 
+def _refuse_empty_paths(arguments: Sequence[str]) -> None:
+    """Refuses an empty folder or file, as from a variable that is not set: it would be the present folder.
+
+    Raises:
+      ValueError: if there is one.
+    """
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        name, equals, value = argument.partition("=")
+        option = name.removeprefix("--").replace("-", "_")
+        if name.startswith("--") and option in PATHS and (value if equals else following) == "":
+            raise ValueError(f"{option} must name a file or folder, got an empty text")
+
+
 def _version() -> str:
     from sevo_optax import __version__
 
@@ -278,6 +302,7 @@ def _run(arguments: Sequence[str]) -> None:
         print(_version())
         sys.stdout.flush()
         return
+    _refuse_empty_paths(arguments)
     preset = _preset(arguments)
     commands = _commands(arguments, preset)
     known = {name: command for name, (command, _) in commands.items()}

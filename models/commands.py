@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from models.checks import QUANTILES
 from models.config import SELECTION, Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
-from models.training.files import make_folder, write_bytes, write_json, write_text
+from models.training.files import make_folder, refuse_run_file, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from models.data import Interactions
@@ -81,6 +81,7 @@ class Recommend:
             if self.output.suffix not in WRITERS:
                 raise ValueError(f"output must end in {' or '.join(WRITERS)}, got {self.output}")
             _make_parent("output", self.output)
+            refuse_run_file("output", self.output, self.checkpoint)
         titles = None
         if self.titles is not None:
             from models.data import read_titles
@@ -171,25 +172,28 @@ class Evaluate:
             raise ValueError("exclude_seen and include_seen exclude each other; give one of them")
         for name in ("per_user", "output"):
             _make_parent(name, getattr(self, name))
+            refuse_run_file(name, getattr(self, name), self.checkpoint)
 
         from models.data import split_interactions
         from models.serving.trained import evaluate, in_catalogue
-        from models.training.checkpoints import fingerprint, load_run
+        from models.training.checkpoints import load_run
+        from models.training.overlap import overlap_note
 
         run = load_run(self.checkpoint, self.which)
         config = self._config(run.info.config)
         interactions = load_and_describe(config)
-        if fingerprint(interactions) != run.info.data:
+        same_data = run.info.trained_on(interactions)
+        if not same_data:
             shortest = LEAST_TO_SPLIT if config.split == "leave-one-out" else 1
             interactions = in_catalogue(interactions, run.item_ids, min_user_interactions=shortest)
             print(f"  {interactions.notes[-1]}")
-        evaluation = evaluate(
-            run, split_interactions(interactions, config), ks=config.ks, exclude_seen=config.exclude_seen
-        )
+        split = split_interactions(interactions, config)
+        note = overlap_note(run, config, split, interactions if same_data else None)
+        evaluation = evaluate(run, split, ks=config.ks, exclude_seen=config.exclude_seen)
         tested = (
             f"at the epoch with the best validation {SELECTION}" if self.which == "best" else "after the last epoch"
         )
-        protocol = f"{evaluation.protocol}; tested {tested}"
+        protocol = f"{evaluation.protocol}; tested {tested}{note}"
         print(f"{self.checkpoint}, epoch {run.epoch}: {len(evaluation.ranks):,} users")
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items()))
         print(f"({protocol})")
@@ -247,6 +251,7 @@ class Export:
         output = self.checkpoint / "model.jaxexport" if self.output is None else self.output
         if self.output is not None:
             _make_parent("output", output)
+            refuse_run_file("output", output, self.checkpoint)
 
         from models.serving import export
         from models.training.checkpoints import load_run

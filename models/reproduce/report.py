@@ -11,10 +11,10 @@ from tabulate import tabulate
 
 from models import plots
 from models.config import SELECTION
+from models.files import write_text
 from models.reproduce.cells import Cell, read_family
 from models.reproduce.tables import METRICS, Family, Published, Row, Table
 from models.training.compare import Gain, gain
-from models.training.files import write_text
 
 NONE = "–"
 MILESTONES = (10, 20, 40, 60, 100, 150, 200, 300, 400, 500)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from models.data import Interactions
-from models.training.files import write_bytes
+from models.files import write_bytes
 
 CONTEXT, USERS = "context.npz", "users.npz"
 

@@ -20,7 +20,7 @@ import pytest
 
 from models.__main__ import main
 from models.config import SourceConfig
-from models.data import NAMED, download, fetch_named, load
+from models.data import NAMED, download, fetch_named, load, load_interactions
 from models.data.download import cache_folder, extract
 
 RATINGS = "1::10::5::30\n1::20::3::10\n2::10::4::20\n"
@@ -134,7 +134,7 @@ class TestNamedSets:
         assert [data.item_ids[row].tolist() for row in data] == [[20, 10], [10]]
         assert files(cache) == ["ml-1m.zip", "ml-1m/movies.dat", "ml-1m/ratings.dat"]
         assert len(server.requests) == 1
-        SourceConfig(data=Path("ml-1m"), cache_dir=cache).load_interactions()
+        load_interactions(SourceConfig(data=Path("ml-1m"), cache_dir=cache))
         assert len(server.requests) == 1
 
     def test_amazon(self, offer, cache):

@@ -8,11 +8,10 @@ from flax import nnx
 
 from models import memory
 from models.__main__ import main
+from models.architectures.registry import make_config, make_model
 from models.data import Interactions
 from models.memory import COPIES, Need, OutOfMemoryError, check_memory, out_of_memory_told, training_needs
-from models.registry import make_model
 from models.training import loop
-from models.config import TrainConfig
 
 DATA = Interactions.from_sequences([[1, 2, 3, 4], [3, 4, 5]])
 
@@ -20,8 +19,8 @@ DATA = Interactions.from_sequences([[1, 2, 3, 4], [3, 4, 5]])
 @pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
 @pytest.mark.parametrize("sizes", [{}, {"embedding_dim": 256}, {"max_length": 3000}, {"num_blocks": 9}])
 def test_the_estimate_covers_the_parameters_and_not_much_more(model, sizes):
-    config = TrainConfig(model=model, **sizes).resolved()
-    built = nnx.eval_shape(lambda: make_model(config, num_items=5, max_length=config.max_length, seed=0))
+    config = make_config(model, **sizes)
+    built = nnx.eval_shape(lambda: make_model(config, num_users=0, num_items=5, seed=0))
     real = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(built, nnx.Param)))
     estimated = sum(need.size for need in training_needs(config, DATA)[:3]) / (4 * COPIES)
     assert 0.8 * real < estimated < 2.5 * real
@@ -38,7 +37,7 @@ def test_the_estimate_covers_the_parameters_and_not_much_more(model, sizes):
     ],
 )
 def test_the_option_that_lowers_it_is_named(fields, option):
-    config = TrainConfig(**fields).resolved()
+    config = make_config(**fields)
     with pytest.raises(OutOfMemoryError) as caught:
         check_memory(training_needs(config, DATA), config)
     message = str(caught.value)
@@ -48,15 +47,15 @@ def test_the_option_that_lowers_it_is_named(fields, option):
 
 def test_the_sum_counts():
     needs = [Need("one", 600, "batch_size"), Need("another", 500, "ks")]
-    check_memory(needs, TrainConfig(), room=1100)
+    check_memory(needs, make_config(), room=1100)
     with pytest.raises(OutOfMemoryError, match=r"needs about 1\.1 KiB .* are for one; lower --batch-size"):
-        check_memory(needs, TrainConfig(batch_size=7), room=1099)
+        check_memory(needs, make_config(batch_size=7), room=1099)
 
 
 def test_published_runs_fit():
     long = Interactions.from_sequences([list(range(1, 3417))] * 3)
     for model in ["sasrec", "bert4rec"]:
-        config = TrainConfig(model=model, max_length=200).resolved()
+        config = make_config(model, max_length=200)
         check_memory(training_needs(config, long), config, room=2 * 2**30)
 
 

@@ -16,7 +16,16 @@ import pytest
 
 from models.__main__ import main
 from models.config import DataFormat, SourceConfig
-from models.data import ids_from_arrays, ids_to_arrays, ids_usage, item_numbers, load, read_attributes, read_titles
+from models.data import (
+    ids_from_arrays,
+    ids_to_arrays,
+    ids_usage,
+    item_numbers,
+    load,
+    load_interactions,
+    read_attributes,
+    read_titles,
+)
 from models.data.readers import SUFFIXES
 
 # Users and items out of order, ties in time (user 7 at 30: 12 before 5), and a repeated pair (9, 5).
@@ -911,7 +920,7 @@ class TestCommandLine:
     def test_every_option_of_the_source_is_passed_on(self, tmp_path):
         path = write(tmp_path / "a.xyz", text(ROWS, "\t"))
         config = SourceConfig(data=path, data_format="tsv", header=False, duplicates="last", min_user_interactions=2)
-        assert as_raw(config.load_interactions()) == {7: [(100, 10), (12, 30), (5, 30)], 9: [(12, 20), (5, 60)]}
+        assert as_raw(load_interactions(config)) == {7: [(100, 10), (12, 30), (5, 30)], 9: [(12, 20), (5, 60)]}
 
     @pytest.mark.parametrize(
         ("content", "message"),

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def trained(monkeypatch):
         results = []
         for seed, run in zip(seeds, folders, strict=True):
             run.mkdir(parents=True, exist_ok=True)
-            results.append(invented(config, optimizer, seed))
+            results.append(invented(config, optimizer, seed, together=len(seeds)))
             history = [
                 {"epoch": i, "loss": 1 / i, "seconds": 1, "validation": results[-1].validation}
                 for i in range(1, config.epochs + 1)
@@ -99,12 +100,13 @@ def trained(monkeypatch):
     return calls
 
 
-def invented(config, optimizer, seed):
+def invented(config, optimizer, seed, together=1):
     rng = np.random.default_rng([seed, len(optimizer), round(100 * config.beta)])
     metrics = dict(zip(METRICS, rng.random(len(METRICS)), strict=True))
     fields = {field.name: 0 for field in dataclasses.fields(loop.Result)}
     fields |= {"optimizer": optimizer, "protocol": "guessed", "best_epoch": 2, "device": "cpu", "epoch_seconds": 3.0}
-    return loop.Result(**fields | {"validation": metrics, "test": metrics, "total_seconds": 90.0})
+    fields |= {"total_seconds": 90.0, "seeds_together": together, "format": 1}
+    return loop.Result(**fields | {"validation": metrics, "test": metrics})
 
 
 def reproduce(**options):
@@ -232,15 +234,43 @@ class TestRunner:
         working = loop.train_seeds
 
         def diverging(prepared, config, optimizer, seeds, *arguments, **options):
-            if (config.loss, optimizer) == ("ce", "adamw"):
-                raise loop.DivergedError("the loss is nan")
-            return working(prepared, config, optimizer, seeds, *arguments, **options)
+            results = working(prepared, config, optimizer, seeds, *arguments, **options)
+            if (config.loss, optimizer) == ("ce", "adamw") and seeds[0] == 0:
+                raise loop.DivergedError({0: "the loss is nan"}, [None, *results[1:]])
+            return results
 
         monkeypatch.setattr(loop, "train_seeds", diverging)
-        with pytest.raises(ValueError, match="not finite in tiny-sasrec-ce-adamw"):
-            reproduce(seeds=1)
-        assert len(cells()) == 4
+        with pytest.raises(ValueError, match="tiny-sasrec-ce-adamw failed, see above; the other cells are there"):
+            reproduce(seeds=2)
+        assert cells() == sorted(set(CELLS) - {"tiny-sasrec-ce-adamw-seed0"})
         assert "the loss is nan" in capsys.readouterr().err
+
+    def test_a_diverged_seed_does_not_stop_those_in_its_program(self, folder, trained, monkeypatch):
+        working = loop.train_seeds
+
+        def diverging(prepared, config, optimizer, seeds, *arguments, **options):
+            results = working(prepared, config, optimizer, seeds, *arguments, **options)
+            raise loop.DivergedError({1: "the loss is nan"}, [results[0], None])
+
+        monkeypatch.setattr(compare, "seeds_at_once", lambda count: count)
+        monkeypatch.setattr(loop, "train_seeds", diverging)
+        with pytest.raises(ValueError, match="failed, see above"):
+            reproduce(seeds=2)
+        assert cells() == sorted(x for x in CELLS if x.endswith("seed0"))
+
+    def test_a_run_with_damaged_files_does_not_stop_the_others(self, folder, trained, monkeypatch, capsys):
+        working = loop.train_seeds
+
+        def damaged(prepared, config, optimizer, seeds, folders, **options):
+            if optimizer == "adamw":
+                raise ValueError(f"{folders[0] / 'result.json'} is damaged (it is empty)")
+            return working(prepared, config, optimizer, seeds, folders, **options)
+
+        monkeypatch.setattr(loop, "train_seeds", damaged)
+        with pytest.raises(ValueError, match="tiny-sasrec-bce-adamw, tiny-sasrec-ce-adamw failed"):
+            reproduce(seeds=1)
+        assert len(cells()) == 3
+        assert "result.json is damaged" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -274,6 +304,126 @@ class TestRunner:
         assert jobs[0].config.data == Path("ml-100k")
 
 
+class TestFolders:
+    """A run's folder is found by what the run is."""
+
+    NAME = "tiny-sasrec-bce-sevo-adamw-seed0"
+
+    @pytest.fixture
+    def config(self, folder):
+        return load_table("tiny.yaml").rows[0].families[1].config(data=Path("tiny.txt"))
+
+    @staticmethod
+    def write_run(place, config, *, optimizer="sevo-adamw", epochs=1, without=(), **settings):
+        """A ``run.json`` as the first format had it, with every setting, or without some that came later."""
+        values = {name: x for name, x in (config.to_dict() | settings).items() if name not in without}
+        run = {"format": 1, "optimizer": optimizer, "config": values, "num_items": 20, "data": "0123456789abcdef"}
+        place.mkdir(parents=True)
+        (place / "run.json").write_text(json.dumps(run))
+        (place / "history.jsonl").write_text('{"epoch": 1}\n' * epochs)
+        return place
+
+    def find(self, config, arm="sevo-adamw"):
+        return runner.find_folder(Path("runs"), self.NAME, arm, config)
+
+    def test_a_new_option_changes_nothing(self, config):
+        @dataclasses.dataclass(frozen=True)
+        class Later(type(config)):
+            wings: int = 0
+            engines: int | None = None
+
+        later = Later(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+        assert self.find(later) == self.find(config)
+        assert self.find(dataclasses.replace(later, wings=2)) != self.find(config)
+        assert self.find(dataclasses.replace(config, beta=0.5)) != self.find(config)
+        assert self.find(dataclasses.replace(config, epochs=7)) == self.find(config)
+
+    def test_what_was_begun_under_another_name_goes_on(self, config):
+        usual = self.find(config)
+        begun = self.write_run(Path("runs") / f"{self.NAME}-deadbeef", config, epochs=5)
+        assert self.find(config) == begun
+        assert self.find(dataclasses.replace(config, epochs=9)) == begun
+        Path("else").mkdir()
+        begun.parent.rename("else/tiny")
+        (job, *_), _ = plan(arms=("sevo-adamw",), data_dir=Path(), work_dir=Path("else"))
+        assert job.folder == Path("else/tiny") / begun.name
+        assert usual.name != begun.name
+
+    def test_a_run_without_the_newest_options_goes_on(self, config):
+        begun = self.write_run(Path("runs") / f"{self.NAME}-deadbeef", config, without=("gbce_t", "num_heads"))
+        assert self.find(config) == begun
+        assert self.find(dataclasses.replace(config, gbce_t=0.5)) != begun
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"optimizer": "adamw"}, {"learning_rate": 0.5}, {"seed": 1}, {"data": "other/big.txt"}, {"num_heads": 2}],
+    )
+    def test_other_runs_are_left_alone(self, config, other):
+        begun = self.write_run(Path("runs") / f"{self.NAME}-deadbeef", config, **other)
+        assert self.find(config) != begun
+
+    def test_of_several_the_longest(self, config):
+        self.write_run(self.find(config), config, epochs=2)
+        begun = self.write_run(Path("runs") / f"{self.NAME}-deadbeef", config, epochs=5)
+        self.write_run(Path("runs") / f"{self.NAME}-feedbeef", config, epochs=3)
+        assert self.find(config) == begun
+
+    def test_a_name_that_another_run_has(self, config):
+        usual = self.find(config)
+        self.write_run(usual, config, beta=0.25)
+        assert self.find(config) == usual.with_name(usual.name + "-2")
+        (usual / "run.json").write_text("{")  # whatever it was
+        assert self.find(config) == usual.with_name(usual.name + "-2")
+
+
+class TestFormats:
+    CELLS = sorted((Path(__file__).parents[2] / "results").glob("*/*.json"))
+
+    def test_cells_without_a_format_are_of_the_first(self, folder, trained):
+        assert len(self.CELLS) >= 20
+        assert {Cell.read(path).format for path in self.CELLS} == {1}
+        reproduce(seeds=1)
+        path = Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")
+        written = json.loads(path.read_text())
+        assert written.pop("format") == 1
+        before = Cell.read(path)
+        path.write_text(json.dumps(written))
+        assert Cell.read(path) == before
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"format": 2, "wings": 2}, "later version of this program (format 2; known are those up to 1): update it"),
+            ({"wings": 2}, "holds no cell; delete it, and it will be trained again (got an unexpected keyword"),
+            ({"format": "new"}, "holds no cell; delete it, and it will be trained again (its format is 'new'"),
+        ],
+    )
+    def test_cells_of_later_versions_are_refused(self, folder, trained, change, message):
+        reproduce(seeds=1)
+        path = Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ValueError) as caught:
+            Cell.read(path)
+        assert message in str(caught.value)
+        assert str(path) in str(caught.value)
+
+    def test_a_cell_without_the_newest_options_is_the_run(self, folder, trained):
+        reproduce(seeds=1)
+        path = Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")
+        cell = Cell.read(path)
+        config = {name: x for name, x in cell.config.items() if name not in ("gbce_t", "num_heads")}
+        dataclasses.replace(cell, config=config | {"an_option_of_old": 3}).write(path)
+        reproduce(seeds=1)
+        assert len(trained) == 5
+
+    def test_the_committed_report_is_made_from_the_committed_cells(self, folder, monkeypatch):
+        results = folder / "results"
+        shutil.copytree(self.CELLS[0].parents[1], results)
+        before = (results / "README.md").read_bytes()
+        reproduce(table="3", report=True)
+        assert (results / "README.md").read_bytes() == before
+
+
 @pytest.fixture
 def one_row(folder):
     """The table without its second row."""
@@ -286,7 +436,7 @@ def test_real_training(folder, one_row):
     reproduce(seeds=1, arms=("sevo-adamw",))
     family = load_table("tiny.yaml").rows[0].families[1]
     config = family.config(data="tiny.txt")
-    direct = loop.train(prepare(config.load_interactions(), config), config, "sevo-adamw", folder / "direct")
+    direct = loop.train(prepare(load_interactions(config), config), config, "sevo-adamw", folder / "direct")
     cell = Cell.read(cell_path(Path("results"), "tiny", family, 0))
     assert (cell.variant, cell.arm, cell.settings) == ("bce", "sevo-adamw", {})
     assert cell.test == pytest.approx(direct.test, abs=1e-6)
