@@ -11,6 +11,10 @@ from models.config import TrainConfig
 MODELS: dict[str, str] = {
     "sasrec": "sasrec:SASRec",
     "bert4rec": "bert4rec:BERT4Rec",
+    "mf-bpr": "mf_bpr:MFBPR",
+    "lightgcn": "lightgcn:LightGCN",
+    "item-knn": "item_knn:ItemKNN",
+    "popularity": "popularity:Popularity",
 }
 DEFAULT = "sasrec"
 
