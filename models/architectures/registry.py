@@ -11,6 +11,8 @@ from models.config import TrainConfig
 MODELS: dict[str, str] = {
     "sasrec": "sasrec:SASRec",
     "bert4rec": "bert4rec:BERT4Rec",
+    "gru4rec": "gru4rec:GRU4Rec",
+    "stosa": "stosa:STOSA",
 }
 DEFAULT = "sasrec"
 
