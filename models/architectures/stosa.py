@@ -32,7 +32,8 @@ def deviation(x: jax.Array) -> jax.Array:
       [2.0, 1.0, 2.06...e-09]
     """
     # Each branch is fed what it can take, so that neither's gradient is infinite.
-    return jnp.where(x > 0, jnp.sqrt(jnp.maximum(x, 0) + 1), jnp.exp(jnp.minimum(x, 0) / 2))
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 0) + 1), jnp.exp(jnp.where(positive, 0, x) / 2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,8 +34,9 @@ def negative_of(users, num_items):
 
 def perturb(model, scale=0.3):
     """Moves every parameter: biases and scales start at 0 and 1, where mistakes in them would not show."""
-    for i, leaf in enumerate(jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Param))):
-        leaf[...] += scale * jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype)
+    rng = np.random.default_rng(0)
+    for leaf in jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Param)):
+        leaf[...] = jnp.asarray(np.asarray(leaf[...]) + scale * rng.normal(size=leaf.shape), leaf.dtype)
     return model
 
 
