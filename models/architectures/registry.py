@@ -15,6 +15,8 @@ MODELS: dict[str, str] = {
     "lightgcn": "lightgcn:LightGCN",
     "item-knn": "item_knn:ItemKNN",
     "popularity": "popularity:Popularity",
+    "gru4rec": "gru4rec:GRU4Rec",
+    "stosa": "stosa:STOSA",
 }
 DEFAULT = "sasrec"
 

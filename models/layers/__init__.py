@@ -8,3 +8,4 @@ from models.layers.basic import LayerNorm as LayerNorm
 from models.layers.basic import Linear as Linear
 from models.layers.basic import random_words as random_words
 from models.layers.basic import split_keys as split_keys
+from models.layers.recurrent import GRU as GRU
