@@ -11,6 +11,8 @@ from models.config import TrainConfig
 MODELS: dict[str, str] = {
     "sasrec": "sasrec:SASRec",
     "bert4rec": "bert4rec:BERT4Rec",
+    "sr-gnn": "sr_gnn:SRGNN",
+    "lessr": "lessr:LESSR",
 }
 DEFAULT = "sasrec"
 
