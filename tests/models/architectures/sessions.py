@@ -73,7 +73,12 @@ def in_double(model):
 def gradient(model, function):
     """The gradient of ``function(model)``, by path."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    grads = jax.jit(jax.grad(lambda params: function(nnx.merge(graphdef, params, rest))))(params)
+
+    def value(params):
+        # A copy, which may change inside: running statistics do.
+        return function(nnx.merge(graphdef, params, jax.tree.map(jnp.asarray, rest)))
+
+    grads = jax.jit(jax.grad(value))(params)
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(grads))
     return {"/".join(str(k.key) for k in path): np.asarray(leaf) for path, leaf in leaves}
 
