@@ -17,6 +17,8 @@ MODELS: dict[str, str] = {
     "popularity": "popularity:Popularity",
     "gru4rec": "gru4rec:GRU4Rec",
     "stosa": "stosa:STOSA",
+    "sr-gnn": "sr_gnn:SRGNN",
+    "lessr": "lessr:LESSR",
 }
 DEFAULT = "sasrec"
 
