@@ -11,6 +11,7 @@ from models.config import TrainConfig
 MODELS: dict[str, str] = {
     "sasrec": "sasrec:SASRec",
     "bert4rec": "bert4rec:BERT4Rec",
+    "maerec": "maerec:MAERec",
 }
 DEFAULT = "sasrec"
 
