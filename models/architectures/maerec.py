@@ -319,6 +319,43 @@ def spread_seeds(
     return everyone
 
 
+class LossHistory(NamedTuple):
+    """What is known of the main loss since paths were last drawn.
+
+    Attributes:
+      last: a scalar, float32, the latest value.
+      first: a scalar, float32, the value at the step that drew the paths.
+      count: a scalar, int32, how many values there are.
+    """
+
+    last: jax.Array
+    first: jax.Array
+    count: jax.Array
+
+
+def mask_reward(
+    history: LossHistory, loss: jax.Array, resampled: jax.Array, low_reward: float
+) -> tuple[jax.Array, LossHistory]:
+    """The weight of the masking's loss, and the history with this step's main loss.
+
+    It is 1 if the main loss has just fallen by more than its average fall before, or if two falls are not yet known,
+    otherwise ``low_reward``. A step that draws new paths begins a new history with its own loss.
+
+    Args:
+      history: of the steps before.
+      loss: the main loss of this step, a scalar.
+      resampled: whether this step draws new paths, a bool scalar.
+      low_reward: the smaller weight.
+    """
+    last, first, count = history
+    loss = loss.astype(last.dtype)
+    # The falls from each value to the next add up to the fall from the first to the last.
+    average = (first - last) / jnp.maximum(count - 1, 1)
+    reward = jnp.where((count < 2) | (last - loss > average), 1, low_reward).astype(last.dtype)
+    restart = resampled | (count == 0)
+    return reward, LossHistory(loss, jnp.where(restart, loss, first), jnp.where(restart, 1, count + 1))
+
+
 class Decoder(nnx.Module):
     """Scores pairs of nodes by the products of their representations in all pairs of layers, in (0, 1).
 
@@ -515,7 +552,7 @@ class MAERec(SequenceRecommender):
         self.decoder = Decoder(num_gcn_layers, embedding_dim, rngs=rngs)
         self.step = Masking(jnp.zeros((), jnp.int32))
         self.seeds = Masking(jnp.zeros(num_items + 1, bool))
-        # The main loss: at the last step, when paths were last drawn, and how many values there are since then.
+        # What the reward depends on, a LossHistory.
         self.last_loss = Masking(jnp.zeros(()))
         self.first_loss = Masking(jnp.zeros(()))
         self.num_losses = Masking(jnp.zeros((), jnp.int32))
@@ -555,7 +592,8 @@ class MAERec(SequenceRecommender):
         """Encodes packed histories: at each token, what predicts the next one."""
         embedded, rows = look_up(represented.items, batch.inputs, candidates)
         keys = split_keys(key, len(self.blocks) + 1)
-        x = self.norm((embedded + self.position_embedding(batch.positions)).astype(self.dtype))
+        positions = self.position_embedding.embedding[...][batch.positions]
+        x = self.norm((embedded + positions).astype(self.dtype))
         x = self.dropout(x, keys[0])
         total = x
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
@@ -644,13 +682,8 @@ class MAERec(SequenceRecommender):
 
     def _reward(self, loss: jax.Array, resampled: jax.Array) -> jax.Array:
         """The weight of the masking's loss at this step; remembers the main loss."""
-        last, first, count = self.last_loss[...], self.first_loss[...], self.num_losses[...]
-        loss = loss.astype(last.dtype)
-        # The falls between successive values add up to the fall from the first to the last of them.
-        average = (first - last) / jnp.maximum(count - 1, 1)
-        reward = jnp.where((count < 2) | (last - loss > average), 1, self.low_reward).astype(last.dtype)
-        restart = resampled | (count == 0)
-        self.first_loss[...] = jnp.where(restart, loss, first)
-        self.num_losses[...] = jnp.where(restart, 1, count + 1)
-        self.last_loss[...] = loss
+        remembered = LossHistory(self.last_loss[...], self.first_loss[...], self.num_losses[...])
+        reward, remembered = mask_reward(remembered, loss, resampled, self.low_reward)
+        for variable, value in zip((self.last_loss, self.first_loss, self.num_losses), remembered, strict=True):
+            variable[...] = value
         return reward
