@@ -6,10 +6,11 @@ share is here.
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
+
+from models.checks import QUANTILES, check_graph, check_loss, check_numbers, check_split
 
 Loss = Literal["bce", "ce", "sampled-softmax", "gbce", "bpr"]
 Negatives = Literal["shared", "per-position"]
@@ -53,6 +54,12 @@ class ReadingConfig:
     """Column of the times; none: order of the file (left out: a usual name, if there is one; without a header 4)."""
     header: bool = True
     """Whether the first line of a csv or tsv names the columns; if not, they are called 1, 2, 3 …."""
+    min_rating: float | None = None
+    """Rows with a smaller rating are left out."""
+    rating_column: str | None = None
+    """Column of the ratings that min_rating looks at (left out: one with a usual name; without a header 3)."""
+    where: tuple[str, ...] = ()
+    """column=value: rows with another value are left out; several values of one column are alternatives."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,7 @@ class SourceConfig(ReadingConfig):
     """Items with fewer interactions are left out, likewise."""
     split: SplitMethod = "leave-one-out"
     """leave-one-out: test on each user's last item. global-time: on each user's first item behind a moment."""
-    split_quantiles: tuple[float, float] = (0.8, 0.9)
+    split_quantiles: tuple[float, float] = QUANTILES
     """global-time: shares of all interactions before the moments of validation and test; training is before both."""
     split_times: tuple[str, str] | None = None
     """global-time: the two moments themselves; dates too, if the data's times are seconds since 1970."""
@@ -222,10 +229,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
         return {name: value for name, value in values.items() if name == "model" or value != usual[name]}
 
     def _check(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be a finite number, got {value}")
+        check_numbers(self)
+        check_split(self)
         for name in self._at_least_one():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -249,10 +254,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
             raise ValueError(f"ks must be one or more numbers of at least 1, got {self.ks}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be smaller than epochs, {self.epochs}, got {self.warmup_epochs}")
-        if self.graph_weights and len(self.graph_weights) != len(self.graph):
-            raise ValueError(
-                f"graph_weights must hold one number for each of {', '.join(self.graph)}, got {self.graph_weights}"
-            )
+        check_loss(self)
+        check_graph(self)
 
     def _at_least_one(self) -> tuple[str, ...]:
         """Names of the numbers that start at 1; a model's class adds its own."""
@@ -268,7 +271,15 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
 
     def _at_least_zero(self) -> tuple[str, ...]:
         """Names of the numbers that start at 0."""
-        return ("seed", "weight_decay", "negative_power", "warmup_epochs", "num_layers")
+        return (
+            "seed",
+            "weight_decay",
+            "negative_power",
+            "warmup_epochs",
+            "num_layers",
+            "min_user_interactions",
+            "min_item_interactions",
+        )
 
     def _below_one(self) -> tuple[str, ...]:
         """Names of the numbers in [0, 1)."""
