@@ -19,6 +19,7 @@ MODELS: dict[str, str] = {
     "stosa": "stosa:STOSA",
     "sr-gnn": "sr_gnn:SRGNN",
     "lessr": "lessr:LESSR",
+    "maerec": "maerec:MAERec",
 }
 DEFAULT = "sasrec"
 
