@@ -14,9 +14,9 @@ from jax.experimental.sparse import BCOO
 
 from models.architectures.base import Encoded, Queries, SequenceRecommender, look_up
 from models.config import Optimizer, TransformerConfig
-from models.data import Interactions, UnseenItems
-from models.data.negatives import Proposal
-from models.feeds import Batch
+from models.data import Interactions
+from models.feeds import Batch, NegativeSampler
+from models.feeds.negatives import Proposal
 from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys
 from sevo_optax import _propagate, graph
 
@@ -674,7 +674,9 @@ class MAERec(SequenceRecommender):
         rows, columns = edges[:, 0], edges[:, 1]
         offsets = jnp.searchsorted(rows, jnp.arange(num_items + 2)).astype(jnp.int32)
         lowered = columns - (jnp.arange(len(columns), dtype=jnp.int32) - offsets[rows])
-        strangers = UnseenItems(lowered, offsets, Proposal(None, None, None, num_items), num_items, longest=num_items)
+        strangers = NegativeSampler(
+            lowered, offsets, Proposal(None, None, None, num_items), num_items, longest=num_items
+        )
         drawn = strangers.sample(key, jnp.broadcast_to(nodes[:, None], shape))
         # A node that is everybody's neighbour has nothing but edges.
         lonely = offsets[nodes + 1] - offsets[nodes] >= num_items

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models.training.config import TrainConfig
 
 from models.__main__ import main
+from models.config import TrainConfig
 from models.data import Interactions, drifting_interests
 from models.files import LOCK, claim
 from models.training import checkpoints, loop, run

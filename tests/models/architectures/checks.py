@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.data import UnseenItems
-from models.feeds import Batch
+from models.feeds import Batch, NegativeSampler
 from models.objectives.losses import make_loss
 from models.objectives.objective import training_loss
 
@@ -18,7 +17,7 @@ NEGATIVE_STRIDE = 7
 
 @dataclasses.dataclass(frozen=True)
 class OneNegative:
-    """Stands for :class:`UnseenItems`: draws the same item for every query of a user."""
+    """Stands for :class:`NegativeSampler`: draws the same item for every query of a user."""
 
     num_items: int
 
@@ -113,7 +112,7 @@ def check_gradient(gradient, function, parameters, *, rtol=1e-6, dead=()):
 
 def check_every_loss(make_model, config, packed, interactions, *, dead=()):
     """Every loss that the model offers gives finite gradients, and some on every parameter that has an effect."""
-    sampler = UnseenItems.from_interactions(interactions)
+    sampler = NegativeSampler.from_interactions(interactions)
     for loss in config.losses:
         mine = dataclasses.replace(config, loss=loss, num_negatives=5).checked()
         value, gradient = loss_and_gradient(make_model(), mine, packed.batch(0), sampler, key=jax.random.key(3))
