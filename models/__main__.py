@@ -72,9 +72,10 @@ class Train(RunOptions):
         result = loop.train(
             prepared, config, config.optimizer, self.output_dir, resume=self.resume, overwrite=self.overwrite
         )
+        memory = f", peak memory {result.peak_memory / 2**30:.2f} GiB" if result.peak_memory else ""
         print(
             f"best epoch {result.best_epoch} of {len(result.losses)}, {result.epoch_seconds:.2f} s an epoch, "
-            f"{result.total_seconds:.0f} s, peak memory {result.peak_memory / 2**30:.2f} GiB"
+            f"{result.total_seconds:.0f} s{memory}"
         )
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in result.test.items()))
         print(f"({result.protocol})")
