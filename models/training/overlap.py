@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from models.config import SourceConfig, TrainConfig
+from models.config import TrainConfig
 from models.data import Interactions, Split, load_interactions, split_interactions
 from models.training.checkpoints import LoadedRun
 
