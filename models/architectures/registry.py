@@ -15,6 +15,11 @@ MODELS: dict[str, str] = {
     "lightgcn": "lightgcn:LightGCN",
     "item-knn": "item_knn:ItemKNN",
     "popularity": "popularity:Popularity",
+    "gru4rec": "gru4rec:GRU4Rec",
+    "stosa": "stosa:STOSA",
+    "sr-gnn": "sr_gnn:SRGNN",
+    "lessr": "lessr:LESSR",
+    "maerec": "maerec:MAERec",
 }
 DEFAULT = "sasrec"
 

@@ -28,46 +28,47 @@ def text_ids(ids: Sequence[str]) -> np.ndarray:
     return np.array(ids, dtype=np.dtypes.StringDType() if fixed > max(SMALL, WASTEFUL * sum(lengths)) else str)
 
 
-def ids_to_arrays(ids: np.ndarray) -> dict[str, np.ndarray]:
+def ids_to_arrays(ids: np.ndarray, name: str = "item_ids") -> dict[str, np.ndarray]:
     """Ids as arrays that ``np.savez`` writes without pickle, for :func:`ids_from_arrays`.
 
     Args:
       ids: shape (ids,), numbers or text.
+      name: what to call them.
 
     Returns:
-      ``item_ids`` as they are; if they are text of variable width, their bytes and where each id ends.
+      The ids as they are; if they are text of variable width, their bytes and where each id ends, under longer names.
     """
     if ids.dtype.kind == "O":
         ids = text_ids([str(raw) for raw in ids.tolist()])
     if ids.dtype.kind != "T":
-        return {"item_ids": ids}
+        return {name: ids}
     encoded = [raw.encode() for raw in ids.tolist()]
     ends = np.cumsum([len(raw) for raw in encoded], dtype=np.int64)
-    return {"item_ids_utf8": np.frombuffer(b"".join(encoded), np.uint8), "item_ids_ends": ends}
+    return {f"{name}_utf8": np.frombuffer(b"".join(encoded), np.uint8), f"{name}_ends": ends}
 
 
-def ids_from_arrays(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+def ids_from_arrays(arrays: Mapping[str, np.ndarray], name: str = "item_ids") -> np.ndarray:
     """The reverse of :func:`ids_to_arrays`.
 
     Raises:
       KeyError: if the arrays are others.
       ValueError: if they are damaged.
     """
-    if "item_ids" in arrays:
-        return arrays["item_ids"]
-    text, ends = arrays["item_ids_utf8"].tobytes(), arrays["item_ids_ends"].tolist()
+    if name in arrays:
+        return arrays[name]
+    text, ends = arrays[f"{name}_utf8"].tobytes(), arrays[f"{name}_ends"].tolist()
     starts = [0, *ends[:-1]]
     return text_ids([text[start:end].decode() for start, end in zip(starts, ends, strict=True)])
 
 
-def ids_usage(ids: np.ndarray, path: str) -> str:
+def ids_usage(ids: np.ndarray, path: str, name: str = "item_ids") -> str:
     """Lines of Python that load the ids that :func:`ids_to_arrays` gave and ``np.savez`` wrote, with NumPy alone."""
     if ids.dtype.kind != "T":
-        return f'item_ids = np.load({path!r})["item_ids"]'
+        return f'{name} = np.load({path!r})["{name}"]'
     return f"""\
 file = np.load({path!r})
-parts = np.split(file["item_ids_utf8"], file["item_ids_ends"][:-1])
-item_ids = np.array([part.tobytes().decode() for part in parts], object)"""
+parts = np.split(file["{name}_utf8"], file["{name}_ends"][:-1])
+{name} = np.array([part.tobytes().decode() for part in parts], object)"""
 
 
 def item_lookup(item_ids: np.ndarray) -> Callable[[Any], int]:

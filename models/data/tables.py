@@ -8,6 +8,8 @@ import gzip
 import io
 import itertools
 import json
+import os
+import tempfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +39,7 @@ SAMPLE_ROWS = 1000
 LISTED = 30
 LONGEST_SHOWN = 80
 GZIP = b"\x1f\x8b"
+STDERR = 2
 SEQUENCE_TYPES = ("token_seq", "float_seq")
 
 
@@ -320,7 +323,8 @@ class _Parquet(Table):
             # What is a file stays one: polars then reads no more of it than it needs.
             self._file: Path | bytes = source.path if isinstance(file, io.BufferedReader) else file.read()
         try:
-            self.columns = list(polars.read_parquet_schema(self._readable()))
+            with _panics_unprinted():
+                self.columns = list(polars.read_parquet_schema(self._readable()))
         except self._errors as error:
             raise self._damaged(error) from None
 
@@ -334,7 +338,8 @@ class _Parquet(Table):
         import polars
 
         try:
-            return polars.read_parquet(self._readable(), columns=list(columns), n_rows=num_rows)
+            with _panics_unprinted():
+                return polars.read_parquet(self._readable(), columns=list(columns), n_rows=num_rows)
         except self._errors as error:
             raise self._damaged(error) from None
 
@@ -343,6 +348,25 @@ class _Parquet(Table):
 
     def _damaged(self, error: BaseException) -> ValueError:
         return ValueError(f"{self.source} cannot be read as parquet ({_reason(error)}); get or write the file again")
+
+
+@contextlib.contextmanager
+def _panics_unprinted() -> Iterator[None]:
+    """Drops what is written to the terminal if this fails: polars reports a panic there, before it raises it."""
+    with tempfile.TemporaryFile() as written:
+        try:
+            terminal = os.dup(STDERR)
+        except OSError:  # closed
+            yield
+            return
+        os.dup2(written.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, STDERR)
+            os.close(terminal)
+        written.seek(0)
+        os.write(STDERR, written.read())
 
 
 class _JsonLines(Table):

@@ -64,7 +64,7 @@ def write_export(run: LoadedRun, path: Path) -> Path:
     """
     items = path.with_name(f"{path.stem}.items.npz")
     data = export_scores(run).serialize()
-    ids = ids_to_arrays(run.item_ids) | ({} if run.users is None else {"user_ids": run.users.ids})
+    ids = ids_to_arrays(run.item_ids) | ({} if run.users is None else ids_to_arrays(run.users.ids, "user_ids"))
     write_bytes(items, lambda file: np.savez_compressed(file, **ids))
     write_bytes(path, lambda file: file.write(data))
     return items
@@ -85,9 +85,9 @@ scores = jax.export.deserialize(bytearray(open({str(path)!r}, "rb").read())).cal
 {ids_usage(run.item_ids, str(items))}
 """
     if run.users is not None:
-        return f"""{load}user_ids = np.load({str(items)!r})["user_ids"].tolist()
+        return f"""{load}{ids_usage(run.users.ids, str(items), "user_ids")}
 
-batch = np.array([user_ids.index({run.users.ids[0].item()!r})], np.int32)
+batch = np.array([user_ids.tolist().index({run.users.ids[0].item()!r})], np.int32)
 best = np.argsort(-np.asarray(scores(batch))[0])[:10]
 print(item_ids[best])"""
     history = run.item_ids[1:4].tolist()

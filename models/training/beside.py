@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from models.data import Interactions
+from models.data import Interactions, ids_from_arrays, ids_to_arrays
 from models.files import write_bytes
 
 CONTEXT, USERS = "context.npz", "users.npz"
@@ -51,10 +51,8 @@ class KnownUsers:
 def write_users(directory: Path, interactions: Interactions, user_ids: np.ndarray) -> None:
     """Writes ``users.npz``, see :meth:`KnownUsers.from_interactions`."""
     users = KnownUsers.from_interactions(interactions, user_ids)
-    ids = users.ids if users.ids.dtype.kind in "iuf" else users.ids.astype(str)
-    write_bytes(
-        directory / USERS, lambda file: np.savez_compressed(file, ids=ids, offsets=users.offsets, items=users.items)
-    )
+    arrays = ids_to_arrays(users.ids, "user_ids") | {"offsets": users.offsets, "items": users.items}
+    write_bytes(directory / USERS, lambda file: np.savez_compressed(file, **arrays))
 
 
 def read_users(directory: Path) -> KnownUsers:
@@ -65,7 +63,7 @@ def read_users(directory: Path) -> KnownUsers:
     """
     arrays = _read(directory / USERS)
     try:
-        return KnownUsers(arrays["ids"], arrays["offsets"], arrays["items"])
+        return KnownUsers(ids_from_arrays(arrays, name="user_ids"), arrays["offsets"], arrays["items"])
     except KeyError as error:
         raise ValueError(f"{directory / USERS} lacks {error}; train again") from None
 

@@ -12,7 +12,7 @@ import pytest
 
 import sevo_optax
 from models.__main__ import main
-from models.config import TrainConfig
+from models.architectures.registry import DEFAULT, model_class
 from models.training import loop
 from sevo_optax import graph
 
@@ -41,7 +41,7 @@ def test_train(data, tmp_path, capsys):
     assert "leave-one-out, full ranking" in printed
     assert re.search(r"peak memory \d+\.\d\d GiB", printed)
     assert {path.name for path in out.iterdir()} == {
-        *("run.json", "items.npz", "checkpoints", "result.json", "history.jsonl", "curve.png")
+        *("run.json", "items.npz", "checkpoints", "result.json", "history.jsonl", "curve.png", ".lock")
     }
 
 
@@ -313,10 +313,12 @@ def test_help_explains_every_field(capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "Decoupled weight decay" in printed
-    source = inspect.getsource(inspect.getmodule(TrainConfig))
-    for field in dataclasses.fields(TrainConfig):
+    kind = model_class(DEFAULT).config_class
+    sources = "".join(inspect.getsource(inspect.getmodule(base)) for base in kind.__mro__[:-1])
+    for field in dataclasses.fields(kind):
         assert f"--{field.name.replace('_', '-')}" in printed
-        assert re.search(rf'    {field.name}: .*\n    """[A-Za-z]', source), f"{field.name} is not explained"
+        pattern = rf'    {field.name}: .*\n(    [^ ].*\n)*    """[A-Za-z]'
+        assert re.search(pattern, sources), f"{field.name} is not explained"
 
 
 def test_interrupt(data, tmp_path, monkeypatch, capsys):

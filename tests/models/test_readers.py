@@ -353,9 +353,11 @@ class TestIds:
         assert as_raw(data) == expected([(user, item, None) for user, item in rows])
         assert item_numbers(data.item_ids, [long, "i0"]).tolist() == [2001, 1]
 
-        np.savez_compressed(tmp_path / "items.npz", **ids_to_arrays(data.item_ids))
+        arrays = ids_to_arrays(data.item_ids) | ids_to_arrays(data.user_ids, "user_ids")
+        np.savez_compressed(tmp_path / "items.npz", **arrays)
         with np.load(tmp_path / "items.npz", allow_pickle=False) as file:
             again = ids_from_arrays(file)
+            assert ids_from_arrays(file, "user_ids").tolist() == data.user_ids.tolist()
         assert again.dtype == data.item_ids.dtype
         assert again.tolist() == data.item_ids.tolist()
         names = {"np": np}
@@ -694,6 +696,14 @@ class TestBadFiles:
             load(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    def test_a_panic_of_polars_is_one_line_too(self, tmp_path, capfd):
+        path = write_parquet(tmp_path / "a.parquet", user=list(range(500)), item=list(range(500)))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:4] + whole[-600:])  # the footer speaks of bytes that are gone
+        with pytest.raises(ValueError, match=r"a.parquet cannot be read as parquet .*; get or write the file again$"):
+            load(path)
+        assert capfd.readouterr().err == ""
 
     def test_damaged_gzip(self, tmp_path):
         path = write(tmp_path / "a.csv.gz", FILES["a.csv"] * 50)

@@ -15,6 +15,7 @@ import scipy.stats
 import models.training.prepare
 from models import plots
 from models.__main__ import main
+from models.data import load_interactions
 from models.reproduce import Reproduce, runner
 from models.reproduce.cells import Cell, cell_path, portable
 from models.reproduce.report import write_report

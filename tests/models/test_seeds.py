@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +223,7 @@ def test_an_interrupted_epoch_that_becomes_the_last_is_evaluated(prepared, tmp_p
         def update(self, n=1):
             found = super().update(n)
             if self.n == 2:
-                loop.signal.raise_signal(loop.signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             return found
 
     with monkeypatch.context() as patch:
