@@ -15,32 +15,34 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from models.architectures import registry
+from models.architectures.registry import make_model
 from models.compilation import jit
+from models.config import OPTIMIZERS
 from models.data import load
-from models.losses import binary_cross_entropy
-from models.registry import make_model
-from models.config import OPTIMIZERS, TrainConfig
-from models.training.optimizers import make_optimizer
+from models.objectives.losses import make_loss
+from models.objectives.objective import training_loss
+from models.training.optimizers import make_stages
 from models.training.prepare import prepare
 
 
 def make_step(prepared, config, optimizer):
     """Compiles one training step that donates what it replaces; returns it with its first arguments."""
-    model = make_model(
-        config, num_items=prepared.interactions.num_items, max_length=config.max_length, seed=config.seed
-    )
+    train = prepared.split.train
+    model = make_model(config, num_users=train.num_users, num_items=train.num_items, seed=config.seed)
     graphdef, params = nnx.split(model, nnx.Param)
-    tx = make_optimizer(optimizer, config, prepared.adjacency, model.item_tables)
+    tx = optax.named_chain(*make_stages(optimizer, config, prepared.nodes).items())
+    loss = make_loss(config)
 
     @functools.partial(jit, donate_argnums=(0, 1))
-    def step(params, opt_state, packed, unseen, key, index):
+    def step(params, opt_state, feed, sampler, key, index):
         def loss_fn(params):
-            return binary_cross_entropy(nnx.merge(graphdef, params), packed.batch(index), unseen, key)
+            return training_loss(nnx.merge(graphdef, params), loss, feed.batch(index), {}, sampler, key)
 
-        loss, grads = jax.value_and_grad(loss_fn)(params)
+        value, grads = jax.value_and_grad(loss_fn)(params)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state, loss
+            return optax.apply_updates(params, updates), opt_state, value
 
     return step, params, tx.init(params)
 
@@ -56,12 +58,12 @@ def make_parser(description):
 
 def make_config(options):
     """The paper's settings with those options."""
-    return TrainConfig(
+    return registry.make_config(
         data=options.data,
         max_length=options.max_length,
         graph_max_length=options.max_length,
         batch_size=options.batch_size,
-    ).resolved()
+    )
 
 
 def main():
@@ -74,10 +76,10 @@ def main():
     interactions = load(config.data)
     prepared = prepare(interactions, config)
     print(f"{config.data.stem if config.data else 'embedded data'}: {interactions}")
-    tokens = prepared.packed.num_tokens / prepared.packed.num_batches
+    tokens = prepared.feed.num_tokens / prepared.feed.num_batches
     print(
         f"{jax.devices()[0].device_kind}; {tokens:,.0f} tokens a step; "
-        f"table of {interactions.num_items + 1:,} rows; graph of {prepared.adjacency.nse:,} entries"
+        f"table of {interactions.num_items + 1:,} rows; graph of {prepared.nodes.adjacency.nse:,} entries"
     )
     runs = {optimizer: make_step(prepared, config, optimizer) for optimizer in OPTIMIZERS}
     seconds = {optimizer: [] for optimizer in OPTIMIZERS}
@@ -86,8 +88,8 @@ def main():
         for optimizer, (step, params, opt_state) in runs.items():
             start = time.perf_counter()
             for k in range(options.steps):
-                index = (turn * options.steps + k) % prepared.packed.num_batches
-                params, opt_state, loss = step(params, opt_state, prepared.packed, prepared.unseen, key, index)
+                index = (turn * options.steps + k) % prepared.feed.num_batches
+                params, opt_state, loss = step(params, opt_state, prepared.feed, prepared.sampler, key, index)
             loss.block_until_ready()
             runs[optimizer] = step, params, opt_state
             if turn >= 0:  # the first round compiles

@@ -13,10 +13,10 @@ from flax import nnx
 from overhead import make_config, make_parser, make_step
 from tqdm import tqdm
 
+from models.architectures.registry import make_model
 from models.compilation import jit
 from models.data import load
 from models.layers import Attention
-from models.registry import make_model
 from models.training.prepare import prepare
 from sevo_optax import sevo
 
@@ -28,20 +28,21 @@ def without_attention(*arguments, **options):
 
 def build(prepared, config):
     """The parts by name, each a compiled function without arguments."""
-    model = make_model(config, num_items=prepared.interactions.num_items, max_length=config.max_length, seed=0)
+    train = prepared.split.train
+    model = make_model(config, num_users=train.num_users, num_items=train.num_items, seed=0)
     graphdef, params = nnx.split(model, nnx.Param)
-    packed, unseen, key = prepared.packed, prepared.unseen, jax.random.key(0)
+    packed, unseen, key = prepared.feed, prepared.sampler, jax.random.key(0)
     batch = packed.batch(0)
     table = params["item_embedding"]["embedding"][...]
     ids = jnp.stack([batch.inputs, batch.targets, batch.targets])
     weights = jax.random.normal(key, (*batch.inputs.shape, table.shape[1]))
     adamw = optax.adamw(config.learning_rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
-    smoother = sevo(prepared.adjacency, beta=config.beta, num_layers=config.num_layers)
+    smoother = sevo(prepared.nodes.adjacency, beta=config.beta, num_layers=config.num_layers)
     # States are arguments, as in a training step.
     moments, graph = adamw.init(params), smoother.init(table)
 
-    def encode(params, embedded):
-        return jnp.sum(nnx.merge(graphdef, params).encode(embedded, batch, key) * weights)
+    def encode(params, weights):
+        return jnp.sum(nnx.merge(graphdef, params)(batch, key) * weights)
 
     def update(grads, moments, params):
         updates, moments = adamw.update(grads, moments, params)
@@ -58,16 +59,16 @@ def build(prepared, config):
         ),
         # Squared, so that the gradient needs what was looked up.
         "table lookup and its gradient": bind(jax.grad(lambda table: jnp.sum(table[ids] ** 2 * weights)), table),
-        "encoder, forwards and backwards": bind(jax.grad(encode, argnums=(0, 1)), params, weights),
+        "encoder with its lookup, forwards and backwards": bind(jax.grad(encode), params, weights),
         "moments and update": bind(update, params, moments, params),
         "smoothing": bind(smoother.update, table, graph),
         "evaluation (once an evaluation)": bind(
-            lambda params, ranking: ranking.ranks(nnx.merge(graphdef, params)), params, prepared.validation
+            lambda params, ranking: ranking.ranks(nnx.merge(graphdef, params), {}), params, prepared.validation
         ),
     }
     attend, Attention._attend = Attention._attend, without_attention
     try:
-        parts["encoder without attention"] = bind(jax.grad(encode, argnums=(0, 1)), params, weights)
+        parts["encoder without attention"] = bind(jax.grad(encode), params, weights)
     finally:
         Attention._attend = attend
     return parts
@@ -83,7 +84,7 @@ def main():
     step, *carry = make_step(prepared, config, "sevo-adamw")
 
     def whole():
-        carry[0], carry[1], loss = step(*carry[:2], prepared.packed, prepared.unseen, jax.random.key(0), 0)
+        carry[0], carry[1], loss = step(*carry[:2], prepared.feed, prepared.sampler, jax.random.key(0), 0)
         return loss
 
     parts = {"whole step (sevo-adamw)": whole} | parts
@@ -94,11 +95,9 @@ def main():
             jax.block_until_ready(part())
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
-    print(
-        f"{jax.devices()[0].device_kind}, {prepared.packed.rows} rows of {prepared.packed.slot.shape[1]} tokens a step"
-    )
+    print(f"{jax.devices()[0].device_kind}, {prepared.feed.rows} rows of {prepared.feed.slot.shape[1]} tokens a step")
     for name, values in seconds.items():
-        print(f"{name:<36}{1e3 * statistics.median(values):>9.2f} ms")
+        print(f"{name:<50}{1e3 * statistics.median(values):>9.2f} ms")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SASRec and BERT4Rec in plain PyTorch with one user a padded row: what most people train today.
+"""SASRec, BERT4Rec and MF-BPR in plain PyTorch, sequences with one user a padded row: what most people train today.
 
 Sizes, activations and places of dropout are those of :mod:`models`; nothing here is tuned, and nothing is slowed down.
 """
@@ -82,3 +82,29 @@ class BERT4Rec(nn.Module):
         x = self.encoder(x, src_key_padding_mask=sequences == 0)
         # Only masked positions are scored: many scripts score all of them and are slower still.
         return nn.functional.cross_entropy(self.output(x[masked]), sequences[masked])
+
+
+class MFBPR(nn.Module):
+    """As :class:`models.architectures.mf_bpr.MFBPR`; gradients are dense, so the optimizer updates every row."""
+
+    def __init__(self, num_users, num_items, embedding_dim):
+        super().__init__()
+        self.user_embedding = nn.Embedding(num_users, embedding_dim)
+        self.item_embedding = nn.Embedding(num_items + 1, embedding_dim)
+        for table in (self.user_embedding, self.item_embedding):
+            nn.init.normal_(table.weight, std=1e-4)
+
+    def loss(self, users, positives):
+        """One-negative BPR; ``users`` and ``positives`` (pairs,), see :func:`draw_pairs`."""
+        negatives = torch.randint(1, self.item_embedding.num_embeddings, positives.shape)
+        vectors = self.user_embedding(users)
+        positive = (vectors * self.item_embedding(positives)).sum(-1)
+        negative = (vectors * self.item_embedding(negatives)).sum(-1)
+        return nn.functional.softplus(negative - positive).mean()
+
+
+def draw_pairs(items, offsets, count):
+    """Users, uniformly and with replacement, and of each one of the items ``items[offsets[u]:offsets[u + 1]]``."""
+    users = torch.randint(len(offsets) - 1, (count,))
+    first, number = offsets[users], offsets[users + 1] - offsets[users]
+    return users, items[first + (torch.rand(count) * number).long()]

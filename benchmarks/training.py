@@ -15,20 +15,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
-from models.compilation import jit
+from models.architectures.registry import make_config
 from models.data import load
-from models.losses import make_loss
-from models.registry import make_model
-from models.config import TrainConfig
-from models.training.optimizers import make_optimizer
 from models.training.prepare import prepare
-from models.training.program import make_epoch
-from sevo_optax import state_axes
+from models.training.program import Program
 
 try:
     import torch
@@ -55,30 +48,13 @@ class Ours:
     """Trains epoch after epoch; ``seeds`` of them at once."""
 
     def __init__(self, prepared, config, optimizer, seeds=1):
-        models = [
-            make_model(config, num_items=prepared.interactions.num_items, max_length=config.max_length, seed=seed)
-            for seed in range(seeds)
-        ]
-        graphdef, first = nnx.split(models[0], nnx.Param)
-        tx = make_optimizer(optimizer, config, prepared.adjacency, models[0].item_tables)
-        epoch = make_epoch(graphdef, tx, make_loss(config))
-        if seeds == 1:
-            self.params, self.state, self.key = first, tx.init(first), jax.random.key(0)
-            self.epoch = jit(epoch, donate_argnums=(0, 1))
-        else:
-            axes = state_axes(jax.eval_shape(tx.init, first))
-            self.params = jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(model, nnx.Param) for model in models))
-            self.state = jax.vmap(tx.init, out_axes=axes)(self.params)
-            self.key = jax.random.split(jax.random.key(0), seeds)
-            batched = jax.vmap(epoch, in_axes=(0, axes, None, None, 0), out_axes=(0, axes, 0))
-            self.epoch = jit(batched, donate_argnums=(0, 1))
-        self.data = prepared.packed, prepared.unseen
+        self.program, self.number = Program(prepared, config, optimizer, range(seeds)), 0
 
     def seconds(self):
         """Trains, and returns the seconds of an epoch."""
+        self.number += 1
         start = time.perf_counter()
-        self.params, self.state, losses = self.epoch(self.params, self.state, *self.data, self.key)
-        losses.block_until_ready()
+        self.program.epoch(self.number)
         return time.perf_counter() - start
 
 
@@ -119,7 +95,7 @@ class Torch:
 
 def measure(model, path, options):
     """Prints the table of one model on one data set."""
-    config = TrainConfig(model=model, data=path, **SETTINGS.get((model, path.stem if path else ""), {})).resolved()
+    config = make_config(model, data=path, **SETTINGS.get((model, path.stem if path else ""), {}))
     prepared = prepare(load(path), config)
     arms = {"AdamW": Ours(prepared, config, "adamw"), "SEvo-AdamW": Ours(prepared, config, "sevo-adamw")}
     if options.seeds > 1:
@@ -132,10 +108,10 @@ def measure(model, path, options):
     for _ in tqdm(range(options.rounds), desc=f"{model} rounds", leave=False, disable=None):
         for name, arm in arms.items():
             seconds[name].append(arm.seconds())
-    tokens = prepared.packed.num_tokens
+    tokens = prepared.num_tokens
     name = path.stem if path else "embedded data"
     places = prepared.interactions.num_users * config.max_length
-    print(f"\n{model} on {name}: {tokens:,} tokens an epoch in {prepared.packed.slot.size:,} places, padded {places:,}")
+    print(f"\n{model} on {name}: {tokens:,} tokens an epoch in {prepared.feed.slot.size:,} places, padded {places:,}")
     print(f"{'':<24}{'s/epoch':>9}{'tokens/s':>11}{'PyTorch/this':>14}{'this/SEvo-AdamW':>17}")
     for arm, values in seconds.items():
         against = [

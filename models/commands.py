@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tabulate import tabulate
 
+from models.checks import QUANTILES
 from models.config import SELECTION, Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
-from models.training.files import make_folder, write_bytes, write_json, write_text
+from models.training.files import make_folder, refuse_run_file, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from models.data import Interactions
-    from models.inference import Recommendation
+    from models.serving.trained import Recommendation
 
 # JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
 
@@ -31,7 +33,7 @@ Found = tuple[Any, "Recommendation"]
 
 @dataclasses.dataclass(frozen=True)
 class Recommend:
-    """Recommend what may follow one history, or every history of a file."""
+    """Recommend what may follow one history, or every history of a file, or to users known from training."""
 
     checkpoint: Path
     """Folder of the training run: what its --output-dir was."""
@@ -41,12 +43,20 @@ class Recommend:
     """Ids of the items of one user, oldest first."""
     histories: Path | None = None
     """A file of interactions instead: a recommendation for every user in it."""
+    users: tuple[str, ...] = ()
+    """Ids of users that the model was trained with instead, for models with a table of users."""
     k: int = 10
     """How many items to recommend."""
     include_seen: bool = False
     """Whether items of the history may be recommended again."""
+    only_items: Path | None = None
+    """A text file with the only items that may be recommended, an id a line."""
+    exclude_items: Path | None = None
+    """A text file of items that are not recommended to anybody, an id a line."""
+    candidates: Path | None = None
+    """A file of interactions: the only items that each user may be recommended (with --histories or --users)."""
     titles: Path | None = None
-    """A table with one line an item, between tabs or commas, to show titles from."""
+    """A table with one line an item (.csv, .tsv, .parquet, .json, also compressed), to show titles from."""
     title_item_column: str = "item_id"
     """Its column of item ids."""
     title_column: str = "title"
@@ -54,27 +64,45 @@ class Recommend:
     output: Path | None = None
     """A .csv (one line an item) or .jsonl (one line a user) to write (left out: a table is printed)."""
     reading: tyro.conf.OmitArgPrefixes[ReadingConfig] = dataclasses.field(default_factory=ReadingConfig)
-    """How the file of histories is read."""
+    """How the files of histories and candidates are read."""
 
     def run(self) -> None:
         """Recommends, and prints a table or where the recommendations are."""
-        if bool(self.history) == (self.histories is not None):
-            raise ValueError("give either --history with the ids of one user's items, or --histories with a file")
+        if bool(self.history) + (self.histories is not None) + bool(self.users) != 1:
+            raise ValueError(
+                "give either --history with the ids of one user's items, or --histories with a file, or --users with "
+                "ids of users from training"
+            )
+        if self.candidates is not None and self.history:
+            raise ValueError("candidates belong to users; with --history give the only items with --only-items")
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
         if self.output is not None:
             if self.output.suffix not in WRITERS:
                 raise ValueError(f"output must end in {' or '.join(WRITERS)}, got {self.output}")
             _make_parent("output", self.output)
+            refuse_run_file("output", self.output, self.checkpoint)
         titles = None
         if self.titles is not None:
+            from models.data import read_titles
+
             titles = read_titles(self.titles, item_column=self.title_item_column, title_column=self.title_column)
 
-        from models.inference import Recommender
+        options: dict[str, Any] = {"k": self.k, "exclude_seen": not self.include_seen}
+        if self.only_items is not None:
+            options["only_items"] = read_ids("only_items", self.only_items)
+        if self.exclude_items is not None:
+            options["exclude_items"] = read_ids("exclude_items", self.exclude_items)
+        candidates = None if self.candidates is None else self._candidates()
 
-        recommender = Recommender.load(self.checkpoint, self.which)
-        recommend = partial(recommender.recommend, k=self.k, exclude_seen=not self.include_seen)
-        if self.histories is None:
+        from models.serving.trained import TrainedModel
+
+        recommender = TrainedModel.load(self.checkpoint, self.which)
+        recommend = partial(recommender.recommend, **options)
+        if self.users:
+            mine = None if candidates is None else [candidates.get(user, []) for user in self.users]
+            found = zip(self.users, recommender.recommend_to_users(self.users, **options, candidates=mine), strict=True)
+        elif self.histories is None:
             (recommendation,) = recommend([self.history])
             if len(recommendation.unknown) == len(set(self.history)):
                 raise ValueError(
@@ -84,7 +112,7 @@ class Recommend:
             found = [(None, recommendation)]
         else:
             data = load_and_describe(SourceConfig(data=self.histories, **dataclasses.asdict(self.reading)))
-            found = _recommend_to_all(data, recommend)
+            found = _recommend_to_all(data, recommend, candidates)
         watch = _Watch()
         if self.output is None:
             print(_table(list(_lines(watch.pass_on(found), titles))))
@@ -93,6 +121,12 @@ class Recommend:
             write_bytes(self.output, lambda file: write(file, watch.pass_on(found), titles))
             print(f"recommendations for {watch.users:,} {'user' if watch.users == 1 else 'users'}: {self.output}")
         watch.report()
+
+    def _candidates(self) -> dict[str, list[Any]]:
+        """The candidates of each user, by the user's id as text."""
+        data = load_and_describe(SourceConfig(data=self.candidates, **dataclasses.asdict(self.reading)))
+        users = map(str, data.user_ids.tolist())
+        return {user: data.item_ids[items].tolist() for user, items in zip(users, data, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,24 +172,28 @@ class Evaluate:
             raise ValueError("exclude_seen and include_seen exclude each other; give one of them")
         for name in ("per_user", "output"):
             _make_parent(name, getattr(self, name))
+            refuse_run_file(name, getattr(self, name), self.checkpoint)
 
-        from models.inference import evaluate, in_catalogue
-        from models.training.checkpoints import fingerprint, load_run
+        from models.data import split_interactions
+        from models.serving.trained import evaluate, in_catalogue
+        from models.training.checkpoints import load_run
+        from models.training.overlap import overlap_note
 
         run = load_run(self.checkpoint, self.which)
         config = self._config(run.info.config)
         interactions = load_and_describe(config)
-        if fingerprint(interactions) != run.info.data:
+        same_data = run.info.trained_on(interactions)
+        if not same_data:
             shortest = LEAST_TO_SPLIT if config.split == "leave-one-out" else 1
             interactions = in_catalogue(interactions, run.item_ids, min_user_interactions=shortest)
             print(f"  {interactions.notes[-1]}")
-        evaluation = evaluate(
-            run, config.split_interactions(interactions), ks=config.ks, exclude_seen=config.exclude_seen
-        )
+        split = split_interactions(interactions, config)
+        note = overlap_note(run, config, split, interactions if same_data else None)
+        evaluation = evaluate(run, split, ks=config.ks, exclude_seen=config.exclude_seen)
         tested = (
             f"at the epoch with the best validation {SELECTION}" if self.which == "best" else "after the last epoch"
         )
-        protocol = f"{evaluation.protocol}; tested {tested}"
+        protocol = f"{evaluation.protocol}; tested {tested}{note}"
         print(f"{self.checkpoint}, epoch {run.epoch}: {len(evaluation.ranks):,} users")
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items()))
         print(f"({protocol})")
@@ -188,9 +226,13 @@ class Evaluate:
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if "split_quantiles" in given:
             given.setdefault("split_times", None)
+        if given.get("split_times") is not None or given.get("split") == "leave-one-out":
+            given.setdefault("split_quantiles", QUANTILES)
+        if given.get("split") == "leave-one-out":
+            given.setdefault("split_times", None)
         if self.exclude_seen or self.include_seen:
             given["exclude_seen"] = self.exclude_seen
-        return dataclasses.replace(config, **reading | given).resolved()
+        return dataclasses.replace(config, **reading | given).checked()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +251,9 @@ class Export:
         output = self.checkpoint / "model.jaxexport" if self.output is None else self.output
         if self.output is not None:
             _make_parent("output", output)
+            refuse_run_file("output", output, self.checkpoint)
 
-        from models import export
+        from models.serving import export
         from models.training.checkpoints import load_run
 
         run = load_run(self.checkpoint, self.which)
@@ -225,53 +268,46 @@ class Export:
 
 def load_and_describe(source: SourceConfig) -> "Interactions":
     """Reads the data, and says what it is and what was done to it."""
-    interactions = source.load_interactions()
+    from models.data import load_interactions
+
+    interactions = load_interactions(source)
     print(f"{source.data or 'embedded data'}: {interactions}")
     for note in interactions.notes:
-        print(f"  {note}")
+        if note.startswith("warning:"):
+            print(note, file=sys.stderr)
+        else:
+            print(f"  {note}")
     return interactions
 
 
-def read_titles(path: Path, *, item_column: str = "item_id", title_column: str = "title") -> dict[str, str]:
-    """Reads titles from a table with a header line and one line an item.
-
-    Args:
-      path: the file, with tabs between the columns if the header has one, otherwise with commas.
-      item_column: column of the items' raw ids.
-      title_column: column of the titles.
-
-    Returns:
-      Title by raw id, both as text.
+def read_ids(option: str, path: Path) -> list[str]:
+    """Reads the ids of items from a text file, one a line.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is no such table, or a column is missing.
+      ValueError: if it cannot be read, or holds none; it names the option.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"titles: {path} does not exist; give a table with one line an item")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in header else {}
-            rows = csv.reader(itertools.chain([header], file), **dialect)
-            names = next(rows, [])
-            for option, name in {"title_item_column": item_column, "title_column": title_column}.items():
-                if name not in names:
-                    raise ValueError(f"{option}: {path} has no column {name!r}; it has {', '.join(names) or 'none'}")
-            item, title = names.index(item_column), names.index(title_column)
-            return {row[item]: row[title] for row in rows if len(row) > max(item, title)}
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"titles: {path} cannot be read as a table ({error})") from None
+        ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise ValueError(f"{option}: {path} cannot be read ({reason}); give a text file with an id a line") from None
+    ids = [raw for raw in ids if raw]
+    if not ids:
+        raise ValueError(f"{option}: {path} holds no id; give a text file with an id a line")
+    return ids
 
 
 def _recommend_to_all(
-    interactions: "Interactions", recommend: Callable[[list[Any]], list["Recommendation"]]
+    interactions: "Interactions",
+    recommend: Callable[..., list["Recommendation"]],
+    candidates: Mapping[str, list[Any]] | None = None,
 ) -> Iterator[Found]:
     """Recommends to some users at a time: what is found for a large file never exists whole."""
     pairs = zip(interactions.user_ids.tolist(), interactions, strict=True)
     while group := list(itertools.islice(pairs, USERS_AT_ONCE)):
         histories = [interactions.item_ids[items] for _, items in group]
-        yield from zip([user for user, _ in group], recommend(histories), strict=True)
+        mine = None if candidates is None else [candidates.get(str(user), []) for user, _ in group]
+        yield from zip([user for user, _ in group], recommend(histories, candidates=mine), strict=True)
 
 
 class _Watch:
@@ -344,16 +380,8 @@ def _table(lines: list[dict[str, Any]]) -> str:
     if not lines:
         return ""
     cells = [[f"{value:.4f}" if name == "score" else str(value) for name, value in line.items()] for line in lines]
-    cells = [list(lines[0]), *cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [not isinstance(value, str) for value in lines[0].values()]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in cells
-    )
+    sides = ["left" if isinstance(value, str) else "right" for value in lines[0].values()]
+    return tabulate([list(lines[0]), *cells], tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 def _make_parent(option: str, path: Path | None) -> None:

@@ -6,10 +6,11 @@ share is here.
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
+
+from models.checks import QUANTILES, check_graph, check_loss, check_numbers, check_split
 
 Loss = Literal["bce", "ce", "sampled-softmax", "gbce", "bpr"]
 Negatives = Literal["shared", "per-position"]
@@ -53,6 +54,12 @@ class ReadingConfig:
     """Column of the times; none: order of the file (left out: a usual name, if there is one; without a header 4)."""
     header: bool = True
     """Whether the first line of a csv or tsv names the columns; if not, they are called 1, 2, 3 …."""
+    min_rating: float | None = None
+    """Rows with a smaller rating are left out."""
+    rating_column: str | None = None
+    """Column of the ratings that min_rating looks at (left out: one with a usual name; without a header 3)."""
+    where: tuple[str, ...] = ()
+    """column=value: rows with another value are left out; several values of one column are alternatives."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,7 @@ class SourceConfig(ReadingConfig):
     """Items with fewer interactions are left out, likewise."""
     split: SplitMethod = "leave-one-out"
     """leave-one-out: test on each user's last item. global-time: on each user's first item behind a moment."""
-    split_quantiles: tuple[float, float] = (0.8, 0.9)
+    split_quantiles: tuple[float, float] = QUANTILES
     """global-time: shares of all interactions before the moments of validation and test; training is before both."""
     split_times: tuple[str, str] | None = None
     """global-time: the two moments themselves; dates too, if the data's times are seconds since 1970."""
@@ -154,6 +161,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
 
     losses: ClassVar[tuple[Loss, ...]] = get_args(Loss)
     """The losses that make sense for the model."""
+    optimizers: ClassVar[tuple[Optimizer, ...]] = tuple(name for name in get_args(Optimizer) if name != "closed-form")
+    """The optimizers that make sense for the model."""
 
     model: str = ""
     """Architecture."""
@@ -222,10 +231,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
         return {name: value for name, value in values.items() if name == "model" or value != usual[name]}
 
     def _check(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be a finite number, got {value}")
+        check_numbers(self)
+        check_split(self)
         for name in self._at_least_one():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -237,6 +244,10 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.loss not in self.losses:
             raise ValueError(f"loss must be one of {', '.join(self.losses)} with {self.model}, got {self.loss!r}")
+        if self.optimizer not in self.optimizers:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(self.optimizers)} with {self.model}, got {self.optimizer!r}"
+            )
         if not 0 <= self.gbce_t <= 1:
             raise ValueError(f"gbce_t must lie in [0, 1], got {self.gbce_t}")
         for name in ["learning_rate", "clip_norm"]:
@@ -249,10 +260,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
             raise ValueError(f"ks must be one or more numbers of at least 1, got {self.ks}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be smaller than epochs, {self.epochs}, got {self.warmup_epochs}")
-        if self.graph_weights and len(self.graph_weights) != len(self.graph):
-            raise ValueError(
-                f"graph_weights must hold one number for each of {', '.join(self.graph)}, got {self.graph_weights}"
-            )
+        check_loss(self)
+        check_graph(self)
 
     def _at_least_one(self) -> tuple[str, ...]:
         """Names of the numbers that start at 1; a model's class adds its own."""
@@ -268,7 +277,15 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
 
     def _at_least_zero(self) -> tuple[str, ...]:
         """Names of the numbers that start at 0."""
-        return ("seed", "weight_decay", "negative_power", "warmup_epochs", "num_layers")
+        return (
+            "seed",
+            "weight_decay",
+            "negative_power",
+            "warmup_epochs",
+            "num_layers",
+            "min_user_interactions",
+            "min_item_interactions",
+        )
 
     def _below_one(self) -> tuple[str, ...]:
         """Names of the numbers in [0, 1)."""
@@ -322,3 +339,42 @@ class PrefixConfig(SequenceConfig):
     """Prefixes in a batch, on average."""
     separate_prefixes: bool = False
     """Whether each prefix is a row of its own, as published; otherwise all prefixes of a user take one pass."""
+
+
+def _without_training(cls: type) -> type:
+    """Turns the options of a training run that a closed form has no use for into constants of the class.
+
+    A dataclass takes a ``ClassVar`` for what it says: it is no option and no argument, and nothing is saved of it. What
+    the class itself declares stays.
+    """
+    unused = [field for base in (OptimizerConfig, GraphConfig, LossConfig) for field in dataclasses.fields(base)]
+    ours = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    names = ("embedding_dim", "batch_size", "eval_every", "patience", "schedule", "warmup_epochs", "clip_norm")
+    unused += [ours[name] for name in (*names, "diagnostics")]
+    annotations = dict(cls.__annotations__)
+    for field in unused:
+        if field.name not in annotations:
+            annotations[field.name] = ClassVar[field.type]
+            setattr(cls, field.name, field.default)
+    cls.__annotations__ = annotations
+    return cls
+
+
+@dataclasses.dataclass(frozen=True)
+@_without_training
+class ClosedFormConfig(TrainConfig):
+    """A model that is computed at once from the training data, without gradients."""
+
+    optimizers: ClassVar[tuple[Optimizer, ...]] = ("closed-form",)
+
+    optimizer: Optimizer = "closed-form"
+    """closed-form: there is nothing to optimize."""
+    epochs: int = 1
+    """Passes over the training data: one is enough."""
+    seed: int = 0
+    """Names the run; the model is the same for every seed."""
+
+    def _check(self) -> None:
+        super()._check()
+        if self.epochs != 1:
+            raise ValueError(f"epochs must be 1 with {self.model}, which is computed in one pass, got {self.epochs}")

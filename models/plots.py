@@ -1,5 +1,6 @@
 """Pictures of runs and graphs."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,8 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from models.files import write_bytes
 
 # Colours that stay apart for colour-blind readers, one an optimizer everywhere.
 COLORS = {"adamw": "#7f7f7f", "sevo-adamw": "#0072b2", "sevo-gradient": "#d55e00"}
@@ -192,7 +195,7 @@ def graph_drawing(adjacency: scipy.sparse.csr_array, path: Path, *, title: str =
 
 def _save(fig: Figure, path: Path) -> None:
     """Writes the PNG whole or not at all, and frees the figure."""
-    partial = path.with_name(path.name + ".partial")
-    fig.savefig(partial, format="png", dpi=150)
+    drawn = io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=150)
     plt.close(fig)
-    partial.replace(path)
+    write_bytes(path, lambda file: file.write(drawn.getbuffer()))

@@ -31,9 +31,11 @@ def scale_by_adam_corrected(
     eps_root: jax.typing.ArrayLike = 0.0,
     mu_dtype: Any | None = None,
     *,
+    nesterov: bool = False,
     tables: Tables = None,
+    node_axis: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales updates as Adam does, but lets rows without a gradient keep their direction.
+    r"""Rescales updates as Adam does, but lets rows of an embedding table without a gradient keep their direction.
 
     Where a row :math:`g_t` of the incoming update is exactly zero, Adam's moments shrink, and so does the step
     (Proposition 1). Here such a row's gradient is estimated from its moments instead (Eq. 9 and 10):
@@ -48,8 +50,12 @@ def scale_by_adam_corrected(
       u_t &= \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t) + \bar\varepsilon} + \varepsilon}
       \end{align*}
 
-    so that :math:`u_t = u_{t-1}` while the row is idle (Theorem 3). Where no row is idle this is
-    :func:`optax.scale_by_adam`, bit for bit.
+    so that :math:`u_t = u_{t-1}` while the row is idle (Theorem 3). Where no row is idle, and for all leaves other
+    than ``tables``, this is :func:`optax.scale_by_adam`, bit for bit. The correction suits embedding tables alone: the
+    row of a dense kernel whose input stays zero for thousands of steps would go on moving along its last gradient.
+
+    With ``nesterov`` the estimate stands for the missing gradient in the look-ahead too. The direction of an idle row
+    then differs from that of the step before by the step's own gradient, and tends to :math:`u` above.
 
     **What counts as idle is exact zeros in the incoming update.** Hence almost no row is idle after :func:`sevo` has
     smoothed the gradient, or when every row receives a gradient anyway, as an output layer under a full softmax does;
@@ -63,15 +69,18 @@ def scale_by_adam_corrected(
       eps: added to the denominator outside the square root, as in the published code.
       eps_root: added to the denominator inside the square root, as the paper prints it.
       mu_dtype: dtype of the first moment; None: that of the parameters.
-      tables: paths of the leaves to correct, as in :func:`sevo`. None: every leaf with two or more dimensions, whose
-        rows lie along its first axis; one-dimensional leaves get plain Adam.
+      nesterov: whether the direction looks ahead by one step, as in :func:`optax.scale_by_adam`.
+      tables: which leaves to correct, as in :func:`sevo`: the path of the embedding table, or a tuple of paths. None:
+        the tree holds exactly one array.
+      node_axis: the axis of each table that counts its rows, as in :func:`sevo`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with the state :class:`ScaleByAdamCorrectedState`.
 
     Raises:
-      TypeError: if ``tables`` is not a path, a tuple of paths or None.
-      ValueError: if a path names no leaf or several.
+      TypeError: if ``tables`` is not a path, a tuple of paths or None, or ``node_axis`` no integer.
+      ValueError: if a path names no leaf or several, ``tables`` is None for a tree of several arrays, or ``node_axis``
+        is no axis of a table. The message lists the leaves.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -88,7 +97,7 @@ def scale_by_adam_corrected(
       Xu et al., `Graph-enhanced Optimizers for Structure-aware Recommendation Embedding Evolution
       <https://arxiv.org/abs/2310.03032>`_, 2024, Section 3
     """
-    return _scale_by_adam_corrected(b1, b2, eps, eps_root, mu_dtype, tables, node_axis=0)
+    return _scale_by_adam_corrected(b1, b2, eps, eps_root, mu_dtype, nesterov, tables, node_axis)
 
 
 def _scale_by_adam_corrected(
@@ -97,25 +106,28 @@ def _scale_by_adam_corrected(
     eps: jax.typing.ArrayLike,
     eps_root: jax.typing.ArrayLike,
     mu_dtype: Any | None,
+    nesterov: bool,
     tables: Tables,
     node_axis: Any,
     num_nodes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
+    """``num_nodes`` tells which axis is meant where ``node_axis`` is traced."""
     paths = _tables.canonicalize(tables)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype)
 
-    def rows(updates: optax.Updates) -> tuple[list[int], int]:
-        """The positions of the leaves to correct, and the axis of their rows."""
-        if paths is None and num_nodes is None:
-            leaves = jax.tree.leaves(updates)
-            return [i for i, leaf in enumerate(leaves) if leaf.ndim >= 2], 0
-        positions, leaves, _, _ = _tables.find(updates, paths)
-        shapes = [leaves[i].shape for i in positions]
-        return positions, _tables.resolve_axis(node_axis, shapes, num_nodes)
+    def find(tree: Any) -> tuple[dict[int, int], list[Any], Any]:
+        """The axis of the rows by position of each leaf to correct, and the flattened tree."""
+        positions, leaves, names, treedef = _tables.find(tree, paths, num_nodes)
+        axis = _tables.resolve_axis(node_axis, [leaves[i].shape for i in positions], num_nodes)
+        for i in positions:
+            _tables.check_axis(axis, i, leaves, names)
+            _tables.refuse_float8(leaves[i].dtype, f"tables: {_tables.label(names[i])}")
+        return {i: axis % leaves[i].ndim for i in positions}, leaves, treedef
 
     def init_fn(params: optax.Params) -> ScaleByAdamCorrectedState:
-        if paths is not None and jax.tree.leaves(params):
-            _tables.find(params, paths)
+        # A tree without leaves is how optax asks for the structure of the state.
+        if jax.tree.leaves(params):
+            find(params)
         return ScaleByAdamCorrectedState(*adam.init(params))
 
     def update_fn(
@@ -129,25 +141,29 @@ def _scale_by_adam_corrected(
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
 
-        leaves, treedef = jax.tree.flatten(updates)
-        positions, axis = rows(updates)
-        idle: list[Any] = [None] * len(leaves)
-        for i in positions:
-            others = tuple(k for k in range(leaves[i].ndim) if k != axis % leaves[i].ndim)
-            idle[i] = jnp.all(leaves[i] == 0, axis=others, keepdims=True)
+        axes, leaves, treedef = find(updates)
+        idle = {
+            i: jnp.all(leaves[i] == 0, axis=tuple(k for k in range(leaves[i].ndim) if k != axis), keepdims=True)
+            for i, axis in axes.items()
+        }
+        # At the first step there is no past to estimate from: the moments are zero, whatever they are multiplied with.
+        last = jnp.maximum(state.count, 1)
 
-        def correct(moment: optax.Updates, previous: optax.Updates, decay: Any) -> optax.Updates:
-            # β m + (1 - β) m / (1 - β^{t-1}) = m (1 - βᵗ) / (1 - β^{t-1}); at t = 1 there is nothing to scale, m is 0.
-            last = jnp.maximum(state.count, 1)
-            growth = (1 - decay**count) / (1 - decay**last)
-            return treedef.unflatten(
-                m if rest is None else jnp.where(rest, (growth * p).astype(m.dtype), m)
-                for m, p, rest in zip(treedef.flatten_up_to(moment), treedef.flatten_up_to(previous), idle, strict=True)
-            )
+        def where_idle(tree: Any, previous: optax.Updates, factor: jax.Array) -> Any:
+            out, old = treedef.flatten_up_to(tree), treedef.flatten_up_to(previous)
+            for i, rest in idle.items():
+                out[i] = jnp.where(rest, (factor * old[i]).astype(out[i].dtype), out[i])
+            return treedef.unflatten(out)
 
-        mu = correct(mu, state.mu, b1)
-        nu = correct(nu, state.nu, b2)
-        mu_hat = optax.tree.bias_correction(mu, b1, count)
+        # β m + (1 - β) m / (1 - β^{t-1}) = m (1 - βᵗ) / (1 - β^{t-1})
+        mu = where_idle(mu, state.mu, (1 - b1**count) / (1 - b1**last))
+        nu = where_idle(nu, state.nu, (1 - b2**count) / (1 - b2**last))
+        if nesterov:
+            ahead = optax.tree.bias_correction(mu, b1, optax.safe_increment(count))
+            now = optax.tree.bias_correction(where_idle(updates, state.mu, 1 / (1 - b1**last)), b1, count)
+            mu_hat = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, ahead, now)
+        else:
+            mu_hat = optax.tree.bias_correction(mu, b1, count)
         nu_hat = optax.tree.bias_correction(nu, b2, count)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v + eps_root) + eps), mu_hat, nu_hat)
         mu = optax.tree.cast_like(mu, state.mu)

@@ -1,7 +1,8 @@
 """Whole optimizers: chains of the building blocks, without arithmetic of their own."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -10,10 +11,51 @@ from sevo_optax._adam import _scale_by_adam_corrected, scale_by_adam_corrected
 from sevo_optax._propagate import Method
 from sevo_optax._sevo import sevo
 from sevo_optax._tables import Tables
+from sevo_optax._weights import Adjacency
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
+# Arguments that mean the same in every optimizer are explained once.
+_ARGUMENTS = {
+    "learning_rate": r"""
+  learning_rate: :math:`\eta`, a number or a schedule.""",
+    "graph": """
+  adjacency: raw symmetric weights, see :func:`sevo`.
+  tables: path of the embedding table, or a tuple of paths, or None, see :func:`sevo`.""",
+    "moments": """
+  b1: decay rate of the first moment.
+  b2: decay rate of the second moment (the paper's settings use 0.95 to 0.999).
+  eps: added to the denominator outside the square root, as in the published code.
+  eps_root: added to the denominator inside the square root, as the paper prints it.
+  mu_dtype: dtype of the first moment; None: that of the parameters.""",
+    "decay": r"""
+  weight_decay: :math:`\lambda`, a number or a schedule.
+  mask: which leaves decay, see :func:`optax.adamw`.""",
+    "nesterov": """
+  nesterov: whether the direction looks ahead by one step, see :func:`optax.adamw`.""",
+    "smoothing": """
+  beta: strength of the smoothing, see :func:`sevo`.
+  num_layers: number of layers, see :func:`sevo`.
+  method: form of the smoothing, see :func:`sevo`.
+  rescale: whether the Neumann series is rescaled (Eq. 7) or not (Eq. 6), see :func:`sevo`.
+  normalize: whether ``adjacency`` holds raw weights, see :func:`sevo`.
+  node_axis: the axis of the table that counts the nodes, see :func:`sevo`.""",
+}
+
+
+def _explain_arguments(function: _Function) -> _Function:
+    """Writes the shared explanations into a docstring, each in place of its name in braces on a line of its own."""
+    if function.__doc__ is not None:  # it is under python -OO
+        doc = inspect.cleandoc(function.__doc__)
+        for name, text in _ARGUMENTS.items():
+            doc = doc.replace(f"\n  {{{name}}}", text)
+        function.__doc__ = doc
+    return function
+
+
+@_explain_arguments
 def adamw_corrected(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -24,9 +66,11 @@ def adamw_corrected(
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Mask = None,
     *,
+    nesterov: bool = False,
     tables: Tables = None,
+    node_axis: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW whose moments are corrected for idle rows.
+    r"""AdamW whose moments are corrected for idle rows of an embedding table.
 
     :func:`scale_by_adam_corrected`, decoupled weight decay, learning rate:
 
@@ -34,26 +78,26 @@ def adamw_corrected(
 
       \theta_t = \theta_{t-1} - \eta_t \big( u_t + \lambda \theta_{t-1} \big)
 
-    It equals :func:`optax.adamw` where every row receives a gradient. Behind :func:`sevo` in a chain it is the
-    gradient-side form: ``optax.chain(sevo(weights, "item_embedding"), adamw_corrected(1e-3))``.
+    It equals :func:`optax.adamw` for all leaves other than ``tables``, and where every row receives a gradient. Behind
+    :func:`sevo` in a chain it is the gradient-side form::
+
+      optax.chain(sevo(weights, "item_embedding"), adamw_corrected(1e-3, tables="item_embedding"))
 
     Args:
-      learning_rate: :math:`\eta`, a number or a schedule.
-      b1: decay rate of the first moment.
-      b2: decay rate of the second moment.
-      eps: added to the denominator outside the square root.
-      eps_root: added to the denominator inside the square root.
-      mu_dtype: dtype of the first moment; None: that of the parameters.
-      weight_decay: :math:`\lambda`, a number or a schedule.
-      mask: which leaves decay, see :func:`optax.adamw`.
-      tables: which leaves are corrected, see :func:`scale_by_adam_corrected`.
+      {learning_rate}
+      {moments}
+      {decay}
+      {nesterov}
+      tables: which leaves are corrected: path of the embedding table, or a tuple of paths; None: the tree holds exactly
+        one array. See :func:`scale_by_adam_corrected`.
+      node_axis: the axis of each table that counts its rows.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: if ``tables`` is not a path, a tuple of paths or None.
-      ValueError: if a path names no leaf or several.
+      TypeError: as :func:`scale_by_adam_corrected`.
+      ValueError: as :func:`scale_by_adam_corrected`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -66,15 +110,16 @@ def adamw_corrected(
       [0.9, 1.0]
     """
     return optax.chain(
-        scale_by_adam_corrected(b1, b2, eps, eps_root, mu_dtype, tables=tables),
+        scale_by_adam_corrected(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, tables=tables, node_axis=node_axis),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
+@_explain_arguments
 def sevo_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    adjacency: Any,
+    adjacency: Adjacency,
     tables: Tables = None,
     *,
     b1: jax.typing.ArrayLike = 0.9,
@@ -84,6 +129,7 @@ def sevo_adamw(
     mu_dtype: Any | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Mask = None,
+    nesterov: bool = False,
     beta: optax.ScalarOrSchedule = 0.99,
     num_layers: int = 3,
     method: Method = "neumann",
@@ -104,22 +150,12 @@ def sevo_adamw(
     and :func:`optax.scale_by_learning_rate`. Leaves other than ``tables`` get plain AdamW.
 
     Args:
-      learning_rate: :math:`\eta`, a number or a schedule.
-      adjacency: raw symmetric weights, see :func:`sevo`.
-      tables: path of the embedding table, or a tuple of paths, or None, see :func:`sevo`.
-      b1: decay rate of the first moment.
-      b2: decay rate of the second moment (the paper's settings use 0.95 to 0.999).
-      eps: added to the denominator outside the square root, as in the published code.
-      eps_root: added to the denominator inside the square root, as the paper prints it.
-      mu_dtype: dtype of the first moment; None: that of the parameters.
-      weight_decay: :math:`\lambda`, a number or a schedule.
-      mask: which leaves decay, see :func:`optax.adamw`.
-      beta: strength of the smoothing, see :func:`sevo`.
-      num_layers: number of layers, see :func:`sevo`.
-      method: form of the smoothing, see :func:`sevo`.
-      rescale: whether the Neumann series is rescaled, see :func:`sevo`.
-      normalize: whether ``adjacency`` holds raw weights, see :func:`sevo`.
-      node_axis: the axis of the table that counts the nodes, see :func:`sevo`.
+      {learning_rate}
+      {graph}
+      {moments}
+      {decay}
+      {nesterov}
+      {smoothing}
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
@@ -154,16 +190,17 @@ def sevo_adamw(
     )
     num_nodes = adjacency.shape[0]
     return optax.chain(
-        _scale_by_adam_corrected(b1, b2, eps, eps_root, mu_dtype, tables, node_axis, num_nodes),
+        _scale_by_adam_corrected(b1, b2, eps, eps_root, mu_dtype, nesterov, tables, node_axis, num_nodes),
         smoother,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
+@_explain_arguments
 def sevo_adam(
     learning_rate: optax.ScalarOrSchedule,
-    adjacency: Any,
+    adjacency: Adjacency,
     tables: Tables = None,
     *,
     b1: jax.typing.ArrayLike = 0.9,
@@ -171,6 +208,7 @@ def sevo_adam(
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     mu_dtype: Any | None = None,
+    nesterov: bool = False,
     beta: optax.ScalarOrSchedule = 0.99,
     num_layers: int = 3,
     method: Method = "neumann",
@@ -188,20 +226,11 @@ def sevo_adam(
     ``weight_decay * params`` to the gradient; for that, put ``optax.add_decayed_weights(weight_decay)`` in front.
 
     Args:
-      learning_rate: :math:`\eta`, a number or a schedule.
-      adjacency: raw symmetric weights, see :func:`sevo`.
-      tables: path of the embedding table, or a tuple of paths, or None, see :func:`sevo`.
-      b1: decay rate of the first moment.
-      b2: decay rate of the second moment.
-      eps: added to the denominator outside the square root.
-      eps_root: added to the denominator inside the square root.
-      mu_dtype: dtype of the first moment; None: that of the parameters.
-      beta: strength of the smoothing, see :func:`sevo`.
-      num_layers: number of layers, see :func:`sevo`.
-      method: form of the smoothing, see :func:`sevo`.
-      rescale: whether the Neumann series is rescaled, see :func:`sevo`.
-      normalize: whether ``adjacency`` holds raw weights, see :func:`sevo`.
-      node_axis: the axis of the table that counts the nodes, see :func:`sevo`.
+      {learning_rate}
+      {graph}
+      {moments}
+      {nesterov}
+      {smoothing}
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
@@ -224,7 +253,7 @@ def sevo_adam(
       <https://arxiv.org/abs/2310.03032>`_, 2024, Algorithm 3
     """
     return optax.chain(
-        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype),
+        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         sevo(
             adjacency,
             tables,
@@ -239,9 +268,10 @@ def sevo_adam(
     )
 
 
+@_explain_arguments
 def sevo_sgd(
     learning_rate: optax.ScalarOrSchedule,
-    adjacency: Any,
+    adjacency: Adjacency,
     tables: Tables = None,
     *,
     momentum: jax.typing.ArrayLike | None = None,
@@ -263,17 +293,11 @@ def sevo_sgd(
     ``weight_decay * params`` to the gradient; for that, put ``optax.add_decayed_weights(weight_decay)`` in front.
 
     Args:
-      learning_rate: :math:`\eta`, a number or a schedule.
-      adjacency: raw symmetric weights, see :func:`sevo`.
-      tables: path of the embedding table, or a tuple of paths, or None, see :func:`sevo`.
+      {learning_rate}
+      {graph}
       momentum: :math:`\mu`; None: no momentum and no state for it.
       nesterov: whether the momentum is Nesterov's.
-      beta: strength of the smoothing, see :func:`sevo`.
-      num_layers: number of layers, see :func:`sevo`.
-      method: form of the smoothing, see :func:`sevo`.
-      rescale: whether the Neumann series is rescaled, see :func:`sevo`.
-      normalize: whether ``adjacency`` holds raw weights, see :func:`sevo`.
-      node_axis: the axis of the table that counts the nodes, see :func:`sevo`.
+      {smoothing}
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.

@@ -1,18 +1,15 @@
 """Two numbers to choose a strength by: how rough a matrix is over the graph, and how far smoothing turns it."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from sevo_optax import _propagate, _tables
-from sevo_optax._propagate import CSR, Method
-from sevo_optax._sevo import _check_form, _checked, _smooth_leaves
+from sevo_optax._propagate import Method
+from sevo_optax._smooth import check_form, checked, product, smooth_array
+from sevo_optax._weights import Adjacency
 
 
-def smoothness(x: jax.typing.ArrayLike, adjacency: Any, *, normalize: bool = True) -> jax.Array:
-    r"""How rough the rows of a matrix are over a graph (Eq. 1): the lower, the smoother.
+def smoothness(x: jax.typing.ArrayLike, adjacency: Adjacency, *, normalize: bool = True) -> jax.Array:
+    r"""The Dirichlet energy of the rows of a matrix over a graph (Eq. 1): smaller is smoother.
 
     .. math::
 
@@ -42,18 +39,14 @@ def smoothness(x: jax.typing.ArrayLike, adjacency: Any, *, normalize: bool = Tru
       >>> float(smoothness(jnp.array([[1.0], [1.0]]), pair)), float(smoothness(jnp.array([[1.0], [-1.0]]), pair))
       (0.0, 4.0)
     """
-    x, csr = _checked(x, adjacency, normalize)
+    x, csr = checked(x, adjacency, normalize)
     x = x.astype(csr.data.dtype)
-
-    def local(leaves: Sequence[jax.Array], csr: CSR) -> list[jax.Array]:
-        return _tables.split(_propagate.propagate(csr, _tables.stack(leaves, 0, csr.data.dtype)), leaves, 0)
-
-    return jnp.sum(x * (x - _propagate.columnwise(local, [x], 0, csr)[0]))
+    return jnp.sum(x * (x - product([x], 0, csr)[0]))
 
 
 def alignment(
     x: jax.typing.ArrayLike,
-    adjacency: Any,
+    adjacency: Adjacency,
     *,
     beta: jax.typing.ArrayLike = 0.99,
     num_layers: jax.typing.ArrayLike = 3,
@@ -115,13 +108,13 @@ def alignment(
       Xu et al., `Graph-enhanced Optimizers for Structure-aware Recommendation Embedding Evolution
       <https://arxiv.org/abs/2310.03032>`_, 2024, Section 2.2
     """
-    _check_form(beta, num_layers, method)
+    check_form(beta, num_layers, method)
     if callable(beta):
         raise TypeError("beta must be a number here; schedules belong to sevo(...)")
-    x, csr = _checked(x, adjacency, normalize)
+    x, csr = checked(x, adjacency, normalize)
     # Smoothing is linear, so every factor cancels: unit vectors neither overflow nor underflow.
     x = _unit(x.astype(csr.data.dtype))
-    smoothed = _smooth_leaves([x], 0, csr, beta, num_layers, method, True)[0]
+    smoothed = smooth_array(x, csr, beta, num_layers, method, True)
     return jnp.sum(x * _unit(smoothed))
 
 

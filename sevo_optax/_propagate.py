@@ -174,7 +174,13 @@ def _propagate_jit(*args: jax.Array, symmetric: bool) -> jax.Array:
     return _propagate_p.bind(*args, symmetric=symmetric)
 
 
-_propagate_p.def_impl(_propagate_jit)
+def _propagate_impl(*args: jax.Array, symmetric: bool) -> jax.Array:
+    # Under jax.disable_jit(), the jitted function would bind the primitive once more, and so on for ever.
+    with jax.disable_jit(False):
+        return _propagate_jit(*args, symmetric=symmetric)
+
+
+_propagate_p.def_impl(_propagate_impl)
 
 
 def _lower(kernel: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -279,11 +285,13 @@ def _series(
     csr: CSR, x: jax.Array, beta: jax.Array, num_layers: jax.typing.ArrayLike, method: Method, rescale: bool
 ) -> jax.Array:
     if method == "exact":
+        tolerance = EXACT_TOLERANCE[np.dtype(x.dtype).name]
         solution, _ = jax.scipy.sparse.linalg.cg(
             lambda y: y - beta * propagate(csr, y),
             (1 - beta) * x,
             x0=x,
-            tol=EXACT_TOLERANCE[np.dtype(x.dtype).name],
+            tol=tolerance,
+            maxiter=_most_iterations(jax.lax.stop_gradient(beta), tolerance),
         )
         return solution
     # Without the loop, a batch stays folded from one product to the next, and nothing is copied into the loop's carry.
@@ -301,6 +309,17 @@ def _series(
 
     total, norm = jax.lax.fori_loop(0, num_layers, term, (x, jnp.ones_like(beta)), unroll=unroll)
     return total / norm if rescale else (1 - beta) * total
+
+
+def _most_iterations(beta: jax.Array, tolerance: float) -> jax.Array:
+    """How many iterations the conjugate gradients may take: twice what their bound of convergence asks for.
+
+    The condition number is at most κ = (1 + β) / (1 - β), and each iteration shrinks the error by (√κ - 1) / (√κ + 1).
+    A matrix that is not normalised, or a β too close to 1 for the dtype, must end as well, without a solution.
+    """
+    condition = (1 + beta) / (1 - beta)
+    needed = jnp.sqrt(condition) * jnp.log(4 * condition**1.5 / tolerance) / 2
+    return jnp.minimum(10 + jnp.ceil(2 * needed), 1e5).astype(jnp.int32)
 
 
 # Eager calls find their program in the cache, although each of them makes new closures for the loop.

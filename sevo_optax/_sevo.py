@@ -1,16 +1,17 @@
-"""Structure-aware embedding evolution as a function and as an optax transformation."""
+"""Structure-aware embedding evolution as an optax transformation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sevo_optax import _propagate, _tables, _weights
-from sevo_optax._propagate import CSR, METHODS, Method
+from sevo_optax._propagate import CSR, Method
+from sevo_optax._smooth import check_form, is_traced, smooth_leaves
 from sevo_optax._tables import Tables
+from sevo_optax._weights import Adjacency
 
 
 class SEvoState(NamedTuple):
@@ -21,152 +22,18 @@ class SEvoState(NamedTuple):
       graph: the normalised adjacency as CSR arrays. It never changes. It lives here, and not in a closure, so that a
         jitted step receives it as an argument: a constant of that size would be printed into the program and folded by
         the compiler.
+      residual: shape (), float32, how far the last solve of ``method="exact"`` ended from the solution, as
+        :func:`residual` defines it: near 1e-6, or 1e-12 in float64, where it has converged. None for the other methods,
+        which solve nothing. ``optax.tree.get(state, "residual")`` finds it in the state of a chain.
     """
 
     count: jax.Array
     graph: CSR
-
-
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
-
-
-def _check_form(beta: Any, num_layers: Any, method: Any) -> None:
-    """Checks what is concrete; traced numbers and schedules are taken on trust."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not callable(beta) and not _is_traced(beta):
-        if np.ndim(beta) != 0 or not jnp.issubdtype(np.asarray(beta).dtype, np.number):
-            raise TypeError(f"beta must be a number in [0, 1) or a schedule, got {beta!r}")
-        if not 0 <= float(beta) < 1:
-            raise ValueError(
-                f"beta must lie in [0, 1), got {float(beta)}; "
-                "0 leaves the update as it is and 0.99 is the paper's choice"
-            )
-    if not _is_traced(num_layers):
-        integer = not isinstance(num_layers, bool) and np.issubdtype(np.asarray(num_layers).dtype, np.integer)
-        if not integer or np.ndim(num_layers) != 0:
-            raise TypeError(f"num_layers must be an integer, got {num_layers!r}")
-        if int(num_layers) < 0:
-            raise ValueError(f"num_layers must be at least 0, got {int(num_layers)}")
-
-
-def smooth(
-    x: jax.typing.ArrayLike,
-    adjacency: Any,
-    *,
-    beta: jax.typing.ArrayLike = 0.99,
-    num_layers: jax.typing.ArrayLike = 3,
-    method: Method = "neumann",
-    rescale: bool = True,
-    normalize: bool = True,
-) -> jax.Array:
-    r"""Smooths the rows of a matrix over a graph, the transformation :math:`\psi` of the paper.
-
-    With :math:`\tilde A = D^{-1/2} A D^{-1/2}` the normalised adjacency, :math:`\beta` the strength of the smoothing
-    and :math:`L` the number of layers, ``method`` chooses between
-
-    .. math::
-
-      \begin{align*}
-      \text{neumann, rescaled (Eq. 7):} &&
-        \hat\psi(X) &= \frac{1-\beta}{1-\beta^{L+1}} \sum_{l=0}^{L} \beta^l \tilde A^l X\\
-      \text{neumann (Eq. 6):} &&
-        \hat\psi_{nsa}(X) &= (1-\beta) \sum_{l=0}^{L} \beta^l \tilde A^l X\\
-      \text{iterative (Zhou et al.):} &&
-        \hat\psi_l(X) &= \beta \tilde A \hat\psi_{l-1}(X) + (1-\beta) X, \quad \hat\psi_0(X) = X\\
-      \text{exact (Eq. 5):} &&
-        \psi^*(X) &= (1-\beta) (I - \beta \tilde A)^{-1} X
-      \end{align*}
-
-    The Neumann forms are structure-aware and direction-aware for every :math:`\beta \in [0, 1)`; the iterative form may
-    reverse the direction once :math:`\beta \ge 1/2` (Theorem 1). The exact form is meant for validation and small
-    graphs: it is solved by conjugate gradients to a residual of 1e-6 (float32) or 1e-12 (float64) relative to
-    :math:`(1-\beta) X`, up to rounding.
-
-    A node without neighbours has a zero row in :math:`\tilde A`, so the Neumann forms scale its row by the factor in
-    front of the sum (0.254 at :math:`\beta=0.99, L=3`, as in the published code). To keep such a row as it is, pass
-    ``graph.normalize(adjacency, isolated="identity")`` with ``normalize=False``.
-
-    Args:
-      x: shape (nodes, dim) or (nodes,), floating. Computed in float32 at least and returned in its own dtype. ``vmap``
-        over further axes costs no more than as many columns.
-      adjacency: raw symmetric non-negative weights, shape (nodes, nodes), as :class:`jax.experimental.sparse.BCOO` (see
-        :mod:`sevo_optax.graph`), scipy sparse matrix or dense array. Under ``jit``, a BCOO argument is normalised on
-        the device and cannot be checked.
-      beta: number in [0, 1), possibly traced.
-      num_layers: :math:`L \ge 0`, possibly traced (then without reverse-mode derivatives). Not used by the exact form.
-      method: ``"neumann"``, ``"iterative"`` or ``"exact"``.
-      rescale: whether the Neumann series is divided by its largest possible norm :math:`1-\beta^{L+1}`. The other two
-        forms need none: their norm is at most 1 already.
-      normalize: whether ``adjacency`` holds raw weights. False if it is :math:`\tilde A` already.
-
-    Returns:
-      The smoothed array, like ``x``. Derivatives with respect to ``x`` and ``beta`` are supported.
-
-    Raises:
-      TypeError: if ``x`` is not floating, or an argument has the wrong type.
-      ValueError: if the shapes do not fit, the weights are not symmetric, non-negative and finite, or a number is out
-        of range.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sevo_optax import graph, smooth
-      >>> path = graph.from_edges([0, 1], [1, 2], num_nodes=3)
-      >>> print(smooth(jnp.array([[1.0], [0.0], [0.0]]), path, beta=0.5, num_layers=1))
-      [[0.6666667 ]
-       [0.23570226]
-       [0.        ]]
-
-    References:
-      Xu et al., `Graph-enhanced Optimizers for Structure-aware Recommendation Embedding Evolution
-      <https://arxiv.org/abs/2310.03032>`_, 2024, Section 2
-
-      Zhou et al., `Learning with Local and Global Consistency
-      <https://papers.nips.cc/paper/2506-learning-with-local-and-global-consistency>`_, 2003
-    """
-    _check_form(beta, num_layers, method)
-    if callable(beta):
-        raise TypeError("beta must be a number here; schedules belong to sevo(...)")
-    x, csr = _checked(x, adjacency, normalize)
-    return _smooth_leaves([x], 0, csr, beta, num_layers, method, rescale)[0]
-
-
-def _smooth_leaves(
-    leaves: Sequence[jax.Array],
-    axis: int,
-    csr: CSR,
-    beta: jax.typing.ArrayLike,
-    num_layers: jax.typing.ArrayLike,
-    method: Method,
-    rescale: bool,
-) -> list[jax.Array]:
-    """Smooths the rows of ``leaves`` as one node set, in float32 at least, and returns them in their own dtypes."""
-    dtype = _propagate.compute_dtype(*(leaf.dtype for leaf in leaves), csr.data.dtype)
-
-    def local(leaves: Sequence[jax.Array], csr: CSR, beta: jax.Array) -> list[jax.Array]:
-        csr = csr._replace(data=csr.data.astype(dtype))
-        matrix = _tables.stack(leaves, axis, dtype)
-        return _tables.split(_propagate.series(csr, matrix, beta, num_layers, method, rescale), leaves, axis)
-
-    return _propagate.columnwise(local, leaves, axis, csr, jnp.asarray(beta, dtype))
-
-
-def _checked(x: jax.typing.ArrayLike, adjacency: Any, normalize: bool) -> tuple[jax.Array, CSR]:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x must be a real floating-point array, got {x.dtype}; convert it first")
-    if x.ndim not in (1, 2):
-        raise ValueError(f"x must have shape (nodes, dim) or (nodes,), got {x.shape}; use jax.vmap for more axes")
-    csr = _propagate.prepare(adjacency, _propagate.compute_dtype(x.dtype), normalize)
-    num_nodes = csr.indptr.shape[0] - 1
-    if x.shape[0] != num_nodes:
-        raise ValueError(f"x has {x.shape[0]} rows, but adjacency has {num_nodes} nodes")
-    return x, csr
+    residual: jax.Array | None = None
 
 
 def sevo(
-    adjacency: Any,
+    adjacency: Adjacency,
     tables: Tables = None,
     *,
     beta: optax.ScalarOrSchedule = 0.99,
@@ -193,7 +60,7 @@ def sevo(
 
     * **before the moments**, it smooths the gradient, and Adam then normalises what it sees::
 
-        optax.chain(sevo(weights, "item_embedding"), adamw_corrected(1e-3))
+        optax.chain(sevo(weights, "item_embedding"), adamw_corrected(1e-3, tables="item_embedding"))
 
     * **after the moments**, before weight decay and step size, it is Algorithm 1 of the paper: :func:`sevo_adamw`.
 
@@ -233,7 +100,7 @@ def sevo(
       >>> from sevo_optax import adamw_corrected, graph, sevo
       >>> weights = graph.cooccurrence([[0, 1, 2], [1, 2]], num_nodes=4)
       >>> params = {"item_embedding": jnp.ones((4, 2)), "bias": jnp.ones(4)}
-      >>> tx = optax.chain(sevo(weights, "item_embedding", beta=0.9), adamw_corrected(1e-3))
+      >>> tx = optax.chain(sevo(weights, "item_embedding", beta=0.9), adamw_corrected(1e-3, tables="item_embedding"))
       >>> state = tx.init(params)
       >>> grads = {"item_embedding": jnp.zeros((4, 2)).at[1].set(1.0), "bias": jnp.zeros(4)}
       >>> updates, state = tx.update(grads, state, params)
@@ -244,9 +111,9 @@ def sevo(
       Xu et al., `Graph-enhanced Optimizers for Structure-aware Recommendation Embedding Evolution
       <https://arxiv.org/abs/2310.03032>`_, 2024
     """
-    _check_form(beta, num_layers, method)
+    check_form(beta, num_layers, method)
     paths = _tables.canonicalize(tables)
-    if _is_traced(adjacency):
+    if is_traced(adjacency):
         raise TypeError(
             "adjacency is traced, but sevo(...) checks and normalises it on the host; create the transformation "
             "outside of jax.jit, and under optax.inject_hyperparams, which traces arrays, pass a BCOO or a scipy "
@@ -261,12 +128,13 @@ def sevo(
         dtypes = []
         # A tree without leaves is how optax asks for the structure of the state.
         if jax.tree.leaves(params):
-            positions, leaves, names, _ = _tables.find(params, paths)
+            positions, leaves, names, _ = _tables.find(params, paths, num_nodes)
             _tables.check(positions, leaves, names, node_axis, num_nodes)
             dtypes = [leaves[i].dtype for i in positions]
         return SEvoState(
             count=jnp.zeros([], jnp.int32),
             graph=_propagate.to_device(matrix, _propagate.compute_dtype(*dtypes)),
+            residual=jnp.zeros([], jnp.float32) if method == "exact" else None,
         )
 
     def update_fn(
@@ -276,18 +144,39 @@ def sevo(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SEvoState]:
         del params, extra_args
-        positions, leaves, names, treedef = _tables.find(updates, paths)
+        _check_state(state, num_nodes, matrix.nnz)
+        positions, leaves, names, treedef = _tables.find(updates, paths, num_nodes)
         axis = _tables.check(positions, leaves, names, node_axis, num_nodes)
         strength = beta(state.count) if callable(beta) else beta
         chosen = [leaves[i] for i in positions]
         with jax.named_scope("sevo"):
-            smoothed = _smooth_leaves(chosen, axis, state.graph, strength, num_layers, method, rescale)
+            smoothed, off = smooth_leaves(chosen, axis, state.graph, strength, num_layers, method, rescale)
         for i, leaf in zip(positions, smoothed, strict=True):
             leaves[i] = leaf
-        count = optax.safe_increment(state.count)
-        return jax.tree.unflatten(treedef, leaves), SEvoState(count=count, graph=state.graph)
+        return jax.tree.unflatten(treedef, leaves), SEvoState(
+            count=optax.safe_increment(state.count),
+            graph=state.graph,
+            residual=None if off is None else off.astype(jnp.float32),
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_state(state: Any, num_nodes: int, num_entries: int) -> None:
+    """Checks that a state belongs to a graph of this size."""
+    if not isinstance(state, SEvoState):
+        raise TypeError(
+            f"the state of sevo(...) is a {type(state).__name__}; wanted the SEvoState that its init or update returned"
+        )
+    if state.graph is None:
+        raise ValueError("the state of sevo(...) holds no graph; put it back: with_graphs(state, tx.init(params))")
+    nodes, entries = state.graph.indptr.shape[0] - 1, state.graph.data.shape[0]
+    if (nodes, entries) != (num_nodes, num_entries):
+        raise ValueError(
+            f"the state of sevo(...) holds the graph of {nodes} nodes and {entries} entries, but this transformation "
+            f"was made for one of {num_nodes} nodes and {num_entries} entries; start with tx.init(params), or exchange "
+            "the graph alone: with_graphs(without_graphs(state), tx.init(params))"
+        )
 
 
 def state_axes(state: optax.OptState, axis: int = 0) -> Any:
@@ -314,7 +203,11 @@ def state_axes(state: optax.OptState, axis: int = 0) -> Any:
       ((5, 2, 8), (2,))
     """
     return jax.tree.map(
-        lambda leaf: SEvoState(axis, CSR(None, None, None)) if isinstance(leaf, SEvoState) else axis,
+        lambda leaf: (
+            SEvoState(axis, CSR(None, None, None), None if leaf.residual is None else axis)
+            if isinstance(leaf, SEvoState)
+            else axis
+        ),
         state,
         is_leaf=lambda leaf: isinstance(leaf, SEvoState),
     )

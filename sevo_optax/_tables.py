@@ -5,6 +5,7 @@ A path names a leaf (``item_embedding/embedding``) or a part of the tree that ho
 level deeper (``…/embedding/value``) in ``init`` than in ``update``.
 """
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,11 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def label(name: str) -> str:
+    """A leaf's path as error messages show it."""
+    return repr(name.removesuffix("/value")) if name else "the tree itself"
+
+
 def _describe(names: Sequence[str], leaves: Sequence[Any]) -> str:
     lines = [
         f"  {name.removesuffix('/value') or '(the tree itself)'}: "
@@ -46,19 +52,32 @@ def _describe(names: Sequence[str], leaves: Sequence[Any]) -> str:
     return "\n".join(["the tree holds:", *lines])
 
 
-def find(tree: Any, tables: tuple[str, ...] | None) -> tuple[list[int], list[Any], list[str], Any]:
+def _suggest(names: Sequence[str], leaves: Sequence[Any], num_nodes: int | None) -> str:
+    """The argument to write: the largest matrix, of those with the right number of rows if there is one."""
+    matrices = [i for i, leaf in enumerate(leaves) if len(getattr(leaf, "shape", ())) >= 2]
+    fitting = [i for i in matrices if num_nodes in leaves[i].shape] or matrices
+    if not fitting:
+        return "name the embedding table by its path"
+    best = max(fitting, key=lambda i: (len(leaves[i].shape) == 2, math.prod(leaves[i].shape)))
+    return f"name the embedding table, as in tables={names[best].removesuffix('/value')!r}"
+
+
+def find(
+    tree: Any, tables: tuple[str, ...] | None, num_nodes: int | None = None
+) -> tuple[list[int], list[Any], list[str], Any]:
     """Finds the leaves that ``tables`` names.
 
     Args:
       tree: any pytree of arrays.
       tables: canonical paths, or None for the only leaf of the tree.
+      num_nodes: the number of rows of the table, if known, for a better suggestion in the error message.
 
     Returns:
       ``(positions, leaves, names, treedef)``: the positions of the named leaves in the flattened tree, in the caller's
       order, and the flattened tree itself.
 
     Raises:
-      ValueError: if a path matches no leaf or several, or two paths the same one.
+      ValueError: if a path matches no leaf or several, two paths the same one, or no path is given for several leaves.
     """
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = [_name(path) for path, _ in with_paths]
@@ -66,8 +85,8 @@ def find(tree: Any, tables: tuple[str, ...] | None) -> tuple[list[int], list[Any
     if tables is None:
         if len(leaves) != 1:
             raise ValueError(
-                f"tables=None needs a tree with exactly one array, but this one holds {len(leaves)}; name the "
-                f"embedding table, as in tables='item_embedding'; {_describe(names, leaves)}"
+                f"tables=None needs a tree with exactly one array, but this one holds {len(leaves)}; "
+                f"{_suggest(names, leaves, num_nodes)}; {_describe(names, leaves)}"
             )
         return [0], leaves, names, treedef
     positions = []
@@ -107,6 +126,24 @@ def resolve_axis(node_axis: Any, shapes: Sequence[tuple[int, ...]], num_nodes: i
     return fits[0]
 
 
+def check_axis(axis: int, position: int, leaves: Sequence[Any], names: Sequence[str]) -> None:
+    """Checks that the leaf at ``position`` has an axis of this number."""
+    shape = list(leaves[position].shape)
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"node_axis={axis} is no axis of {label(names[position])} with shape {shape}; {_describe(names, leaves)}"
+        )
+
+
+def refuse_float8(dtype: Any, what: str) -> None:
+    """Refuses floats of eight bits and less: JAX promotes them to nothing, and no update survives their rounding."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{what} has dtype {jnp.dtype(dtype).name}; wanted float16, bfloat16, float32 or float64. "
+            "Keep the parameters in bfloat16 at least and cast them where the model uses them"
+        )
+
+
 def check(
     positions: Sequence[int],
     leaves: Sequence[Any],
@@ -127,16 +164,14 @@ def check(
         dtype = getattr(leaves[i], "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"tables: {names[i]!r} must be a real floating-point array, got "
+                f"tables: {label(names[i])} must be a real floating-point array, got "
                 f"{dtype or type(leaves[i]).__name__}; {_describe(names, leaves)}"
             )
+        refuse_float8(dtype, f"tables: {label(names[i])}")
     shapes = [tuple(leaves[i].shape) for i in positions]
     axis = resolve_axis(node_axis, shapes, num_nodes)
-    for i, shape in zip(positions, shapes, strict=True):
-        if not -len(shape) <= axis < len(shape):
-            raise ValueError(
-                f"node_axis={axis} is no axis of {names[i]!r} with shape {list(shape)}; {_describe(names, leaves)}"
-            )
+    for i in positions:
+        check_axis(axis, i, leaves, names)
     rows = [shape[axis] for shape in shapes]
     if sum(rows) != num_nodes:
         counted = " + ".join(map(str, rows))
@@ -166,13 +201,13 @@ def stack(leaves: Sequence[jax.Array], axis: int, dtype: Any) -> jax.Array:
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks)
 
 
-def split(matrix: jax.Array, leaves: Sequence[jax.Array], axis: int) -> list[jax.Array]:
-    """The inverse of :func:`stack`: arrays with the shapes and dtypes of ``leaves``."""
+def split(matrix: jax.Array, leaves: Sequence[jax.Array], axis: int, dtype: Any = None) -> list[jax.Array]:
+    """The inverse of :func:`stack`: arrays with the shapes of ``leaves``, of ``dtype`` or, if None, of their dtypes."""
     out = []
     start = 0
     for leaf in leaves:
         shape = (leaf.shape[axis], *_width(leaf.shape, axis))
         block = jax.lax.slice_in_dim(matrix, start, start + shape[0])
-        out.append(jnp.moveaxis(block.reshape(shape), 0, axis).astype(leaf.dtype))
+        out.append(jnp.moveaxis(block.reshape(shape), 0, axis).astype(dtype or leaf.dtype))
         start += shape[0]
     return out

@@ -3,6 +3,7 @@
 Shared by the builders in :mod:`sevo_optax.graph` and by the transformation, so that both accept and refuse the same.
 """
 
+import math
 from typing import Any, TypeAlias
 
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 from jax.experimental import sparse as jsparse
+
+from sevo_optax._memory import require_memory
 
 Adjacency: TypeAlias = (
     jsparse.BCOO | jsparse.BCSR | scipy.sparse.sparray | scipy.sparse.spmatrix | np.ndarray | jax.Array
@@ -21,7 +24,7 @@ _SYMMETRY_TOLERANCE = 1e-6
 
 
 def raw_bcoo(csr: scipy.sparse.csr_array) -> jsparse.BCOO:
-    """Like `to_bcoo`, but refuses weights that float32 would round to no edge at all."""
+    """Like ``to_bcoo``, but refuses weights that float32 would round to no edge at all."""
     with np.errstate(over="ignore", under="ignore"):
         bad = first(csr.data.astype(np.float32) == 0)
     if bad is not None:
@@ -33,7 +36,7 @@ def raw_bcoo(csr: scipy.sparse.csr_array) -> jsparse.BCOO:
 
 
 def row_of(csr: scipy.sparse.csr_array, position: int) -> int:
-    """Row that the stored entry number `position` belongs to."""
+    """Row that the stored entry number ``position`` belongs to."""
     return int(np.searchsorted(csr.indptr, position, side="right")) - 1
 
 
@@ -83,6 +86,7 @@ def _raw_csr(adjacency: Any, name: str) -> scipy.sparse.csr_array:
                 f"{name} has n_batch={adjacency.n_batch} and n_dense={adjacency.n_dense}; wanted 0 "
                 "and 0. Convert it with jax.experimental.sparse.bcoo_update_layout."
             )
+        _require(28 * adjacency.nse + 16 * num_nodes, name, shape, adjacency.nse)
         data = np.asarray(adjacency.data).astype(np.float64)
         if isinstance(adjacency, jsparse.BCOO):
             indices = np.asarray(adjacency.indices)
@@ -109,10 +113,25 @@ def _raw_csr(adjacency: Any, name: str) -> scipy.sparse.csr_array:
         return scipy.sparse.coo_array((data, (row, col)), shape=shape).tocsr()
 
     if scipy.sparse.issparse(adjacency):
+        _require(28 * adjacency.nnz + 16 * num_nodes, name, shape, adjacency.nnz)
         csr = scipy.sparse.csr_array(adjacency.tocsr(copy=True).astype(np.float64))
         csr.check_format(full_check=True)
         return csr
-    return scipy.sparse.csr_array(np.asarray(adjacency).astype(np.float64))
+    dense = np.asarray(adjacency)
+    if dense.dtype not in (np.float32, np.float64):  # SciPy knows neither half precision nor ml_dtypes
+        _require(8 * dense.size, name, shape, np.count_nonzero(dense))
+        dense = dense.astype(np.float64)
+    entries = np.count_nonzero(dense)
+    _require(dense.size + 20 * entries, name, shape, entries)
+    return scipy.sparse.csr_array(dense).astype(np.float64)
+
+
+def _require(needed: int, name: str, shape: tuple[int, ...], entries: int) -> None:
+    require_memory(
+        needed,
+        f"preparing {name} of shape {shape} with {entries} entries",
+        "Keep fewer edges, or prepare the graph on a machine with more memory.",
+    )
 
 
 def symmetric_csr(adjacency: Any, name: str = "adjacency") -> scipy.sparse.csr_array:
@@ -121,15 +140,15 @@ def symmetric_csr(adjacency: Any, name: str = "adjacency") -> scipy.sparse.csr_a
     Args:
       adjacency: BCOO, BCSR, SciPy sparse matrix or dense array of shape (nodes, nodes), of a real
         floating-point or integer dtype, non-negative and symmetric up to float32 rounding.
-      name: What to call the argument in error messages.
+      name: what to call the argument in error messages.
 
     Returns:
       A new float64 CSR, exactly symmetric, with sorted unique column indices, without BCOO padding
       and without explicit zeros.
 
     Raises:
-      TypeError: If `adjacency` is traced, no matrix, or not of a real number dtype.
-      ValueError: If it is not square, or a weight is not finite, negative or not symmetric.
+      TypeError: if ``adjacency`` is traced, no matrix, or not of a real number dtype.
+      ValueError: if it is not square, or a weight is not finite, negative or not symmetric.
     """
     csr = _raw_csr(adjacency, name)
     csr.sum_duplicates()
@@ -144,6 +163,7 @@ def symmetric_csr(adjacency: Any, name: str = "adjacency") -> scipy.sparse.csr_a
         )
     csr.eliminate_zeros()
 
+    _require(16 * csr.nnz + 16 * csr.shape[0], name, csr.shape, csr.nnz)
     mirrored = csr.T.tocsr()
     mirrored.sort_indices()
     if (
@@ -171,10 +191,10 @@ def symmetric_csr(adjacency: Any, name: str = "adjacency") -> scipy.sparse.csr_a
 
 
 def normalize_csr(csr: scipy.sparse.csr_array, isolated: str = "zero") -> scipy.sparse.csr_array:
-    """D^-1/2 A D^-1/2 in float64; `csr` comes from `symmetric_csr`.
+    """D^-1/2 A D^-1/2 in float64; ``csr`` comes from ``symmetric_csr``.
 
     Args:
-      csr: Symmetric float64 weights.
+      csr: symmetric float64 weights.
       isolated: "zero" leaves the row of a node without edges empty; "identity" puts a one on its
         diagonal.
 
@@ -203,6 +223,8 @@ def normalize_csr(csr: scipy.sparse.csr_array, isolated: str = "zero") -> scipy.
 def to_bcoo(csr: scipy.sparse.csr_array, dtype: Any = np.float32) -> jsparse.BCOO:
     """Turns a canonical CSR into a BCOO with sorted, unique int32 indices."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
+    # Values and both indices, once in NumPy and once in JAX, and the row of each entry.
+    _require(2 * (np.dtype(dtype).itemsize + 8) * csr.nnz + 4 * csr.nnz, "the graph", csr.shape, csr.nnz)
     with np.errstate(over="ignore"):
         data = csr.data.astype(dtype)
     bad = first(~np.isfinite(data))
@@ -249,3 +271,69 @@ def check_positive_int(value: Any, name: str) -> int:
     if value < 1:
         raise ValueError(f"{name} is {value}; wanted a positive integer.")
     return int(value)
+
+
+def out_of_range(place: str, value: Any, bound: int, bound_name: str) -> str:
+    return (
+        f"{place} = {value}; wanted 0..{bound - 1}, as {bound_name} is {bound}. Renumber the ids from 0, "
+        f"or raise {bound_name}: ids that start at 1 need one more than there are."
+    )
+
+
+def check_vector(values: Any, name: str) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} is ragged; wanted one dimension.") from error
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}; wanted one dimension.")
+    return array
+
+
+def check_ids(values: Any, bound: int, name: str, bound_name: str, row: int = 0, hint: str = "") -> np.ndarray:
+    """Node ids as a one-dimensional, non-empty integer array within 0..bound-1."""
+    array = check_vector(values, name)
+    if not array.size:
+        raise ValueError(f"{name} is empty; wanted at least one id. {hint}".rstrip())
+    if array.dtype.kind not in "iu":
+        bad = 0
+        if array.dtype.kind == "f":  # point at the fraction, if there is one
+            bad = first(~(array == np.floor(array))) or 0
+        raise TypeError(
+            f"{name}[{row + bad}] is {array[bad]!r} (dtype {array.dtype}); wanted integers. "
+            f"Convert the ids with astype(np.int64). {hint}".rstrip()
+        )
+    if array.min() < 0 or array.max() >= bound:
+        bad = first((array < 0) | (array >= bound))
+        message = out_of_range(f"{name}[{row + bad}]", array[bad], bound, bound_name)
+        raise ValueError(f"{message} {hint}".rstrip())
+    return array
+
+
+def check_weights(values: Any, size: int, name: str = "weights", row: int = 0) -> np.ndarray:
+    """Weights as a float64 array of shape (size,), finite and non-negative."""
+    array = check_vector(values, name)
+    check_weight_dtype(array.dtype, name)
+    if array.size != size:
+        raise ValueError(f"{name} has length {array.size}; wanted {size}, one for each edge.")
+    array = array.astype(np.float64)
+    bad = first(~(np.isfinite(array) & (array >= 0)))
+    if bad is not None:
+        raise ValueError(
+            f"{name}[{row + bad}] = {array[bad]:g}; weights must be finite and non-negative. "
+            "Remove the edge or repair its weight."
+        )
+    return array
+
+
+def check_same_length(**arrays: np.ndarray) -> None:
+    (first, a), (second, b) = arrays.items()
+    if a.size != b.size:
+        raise ValueError(f"{first} has length {a.size} but {second} has {b.size}; wanted the same length.")
+
+
+def check_non_negative(value: Any, name: str) -> None:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} is {value!r}; wanted a finite, non-negative number.")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value}; wanted a finite, non-negative number.")

@@ -146,7 +146,7 @@ class Recommender(nnx.Module):
         del context, key
 
     def encode(
-        self, batch: Any, represented: Any, key: jax.Array | None = None, candidates: jax.Array | None = None
+        self, batch: Any, represented: Any = None, key: jax.Array | None = None, candidates: jax.Array | None = None
     ) -> Encoded:
         """The queries of a batch, and the item table's rows for some candidates.
 
@@ -158,7 +158,11 @@ class Recommender(nnx.Module):
         """
         raise NotImplementedError
 
-    def items(self, represented: Any) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, batch: Any, key: jax.Array | None = None, represented: Any = None) -> jax.Array:
+        """The vectors alone that :meth:`encode` makes of a batch."""
+        return self.encode(batch, represented, key).vectors
+
+    def items(self, represented: Any = None) -> tuple[jax.Array, jax.Array]:
         """Table (at least num_items + 1, dim) and bias (as many,) of the scores: row ``i`` scores item ``i``."""
         raise NotImplementedError
 
@@ -197,7 +201,7 @@ class SequenceRecommender(Recommender):
         del num_users
         return cls(num_items, **options_of(cls, config), rngs=rngs)
 
-    def items(self, represented: Any) -> tuple[jax.Array, jax.Array]:
+    def items(self, represented: Any = None) -> tuple[jax.Array, jax.Array]:
         """The item table and no bias."""
         del represented
         table = self.item_embedding.embedding[...]

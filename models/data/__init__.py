@@ -1,14 +1,17 @@
 """Interactions: where they come from, how they are filtered and split, and how they are packed for training."""
 
 from models.data.attributes import read_attributes as read_attributes
+from models.data.attributes import read_titles as read_titles
 from models.data.filters import drop_duplicates as drop_duplicates
 from models.data.filters import k_core as k_core
+from models.data.ids import ids_from_arrays as ids_from_arrays
+from models.data.ids import ids_to_arrays as ids_to_arrays
+from models.data.ids import ids_usage as ids_usage
+from models.data.ids import item_lookup as item_lookup
+from models.data.ids import item_numbers as item_numbers
 from models.data.interactions import Interactions as Interactions
-from models.data.interactions import item_lookup as item_lookup
-from models.data.interactions import item_numbers as item_numbers
 from models.data.named import NAMED as NAMED
 from models.data.named import fetch_named as fetch_named
-from models.data.negatives import UnseenItems as UnseenItems
 from models.data.readers import load as load
 from models.data.readers import read_sequences as read_sequences
 from models.data.source import load_interactions as load_interactions
@@ -18,4 +21,3 @@ from models.data.splits import global_time as global_time
 from models.data.splits import leave_one_out as leave_one_out
 from models.data.splits import make_split as make_split
 from models.data.synthetic import drifting_interests as drifting_interests
-from models.data.tables import read_table as read_table

@@ -1,9 +1,18 @@
-"""Prior knowledge about items: which attributes each has."""
+"""Prior knowledge about items: which attributes each has, and what it is called."""
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from models.data.rows import Rows, checked_ids
+from models.data.tables import SEQUENCE_TYPES, TABLE_SUFFIXES, Source, Table, open_table, suffix_of
+
+if TYPE_CHECKING:
+    import polars
+
+WANTED = "a table with one line an item (.tsv, .csv, .parquet, .json …)"
 
 
 def read_attributes(
@@ -16,10 +25,11 @@ def read_attributes(
     """Reads which item has which attributes from a table with one line an item.
 
     Args:
-      path: a file with a header line, tab-separated (``.tsv``) or comma-separated (anything else).
-      item_column: column of the items' raw ids, integers or text.
-      attribute_column: column of the attributes.
-      separator: what stands between several attributes of one item.
+      path: a table as :func:`models.data.readers.load` reads it, also compressed or a pipe, and RecBole's ``.item``;
+        with any other suffix, columns are between tabs if the first line has one, and otherwise as in a csv.
+      item_column: column of the items' raw ids, integers or text, kept as they are written.
+      attribute_column: column of the attributes: text, or lists where the format has them.
+      separator: what stands between several attributes of one item (in RecBole's sequences a space).
 
     Returns:
       ``(items, attributes)``, one entry each for every attribute of every item, for
@@ -31,23 +41,78 @@ def read_attributes(
     """
     import polars
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"attributes: {path} does not exist; give a .tsv or .csv file with one line an item")
-    try:
-        table = polars.read_csv(path, separator="\t" if path.suffix == ".tsv" else ",", quote_char=None)
-    except (polars.exceptions.PolarsError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"attributes: {path} cannot be read as a table ({reason})") from None
-    for name, column in {"item_column": item_column, "attribute_column": attribute_column}.items():
-        if column not in table.columns:
-            raise ValueError(f"{name}: {path} has no column {column!r}; it has {', '.join(table.columns)}")
-    pairs = (
-        table.select(item_column, polars.col(attribute_column).cast(polars.String).str.split(separator))
-        .explode(attribute_column)
-        .drop_nulls()
-        .filter(polars.col(attribute_column) != "")
-    )
+    wanted = {"item_column": item_column, "attribute_column": attribute_column}
+    pairs = _read_items(Path(path), "attributes", wanted)
+    if not pairs["value"].dtype.is_nested():
+        if attribute_column.endswith(tuple(f":{kind}" for kind in SEQUENCE_TYPES)):
+            separator = " "
+        pairs = pairs.with_columns(polars.col("value").cast(polars.String).str.split(separator))
+    pairs = pairs.explode("value").with_columns(polars.col("value").cast(polars.String).str.strip_chars())
+    pairs = pairs.filter(polars.col("value").fill_null("") != "")
     if pairs.is_empty():
         raise ValueError(f"attribute_column: no item of {path} has anything in {attribute_column!r}")
-    return pairs[item_column].to_numpy(), pairs[attribute_column].to_numpy()
+    return pairs["item"].to_numpy(), pairs["value"].to_numpy()
+
+
+def read_titles(
+    path: str | os.PathLike[str], *, item_column: str = "item_id", title_column: str = "title"
+) -> dict[str, str]:
+    """Reads titles from a table with one line an item.
+
+    Args:
+      path: a table, as :func:`read_attributes` takes it.
+      item_column: column of the items' raw ids.
+      title_column: column of the titles.
+
+    Returns:
+      Title by raw id, both as text.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is no such table, or a column is missing.
+    """
+    import polars
+
+    wanted = {"title_item_column": item_column, "title_column": title_column}
+    pairs = _read_items(Path(path), "titles", wanted)
+    if pairs["value"].dtype.is_nested():
+        raise ValueError(f"title_column: {title_column!r} of {path} holds lists, but a title is text")
+    return dict(zip(*(pairs[name].cast(polars.String).to_list() for name in ("item", "value")), strict=True))
+
+
+def _read_items(path: Path, option: str, wanted: dict[str, str]) -> "polars.DataFrame":
+    """The columns ``item`` and ``value``, where neither is missing.
+
+    Args:
+      path: the file.
+      option: the option that gave it.
+      wanted: two options -> columns: the items' and the values'.
+    """
+    import polars
+
+    table = _open_items(Source(path, option, WANTED))
+    table.check_columns(wanted)
+    item_column, value_column = wanted.values()
+    frame = table.read(list(dict.fromkeys(wanted.values())), lists=[value_column])
+    pairs = polars.DataFrame([frame[item_column].alias("item"), frame[value_column].alias("value")])
+    if pairs["value"].dtype in (polars.Binary, polars.Object, polars.Struct):
+        raise ValueError(f"{table.source}: column {value_column!r} holds {pairs['value'].dtype}, which is no text")
+    missing = pairs["item"].is_null() | pairs["value"].is_null()
+    if pairs["item"].dtype == polars.String:
+        missing |= pairs["item"].str.strip_chars() == ""
+    pairs = pairs.filter(~missing)
+    if pairs.is_empty():
+        return polars.DataFrame({"item": [], "value": []}, schema=dict.fromkeys(["item", "value"], polars.String))
+    rows = Rows(table.source, np.flatnonzero(~missing.to_numpy()))
+    return pairs.with_columns(checked_ids(rows, pairs["item"].alias(item_column), "item id").alias("item"))
+
+
+def _open_items(source: Source) -> Table:
+    suffix = suffix_of(source.path)
+    if suffix in TABLE_SUFFIXES:
+        return open_table(source, TABLE_SUFFIXES[suffix])
+    with source.open() as file:
+        first_line = file.readline()
+    if suffix == ".item" and b":token" in first_line:
+        return open_table(source, "inter")
+    return open_table(source, "tsv" if b"\t" in first_line else "csv")

@@ -2,42 +2,39 @@
 
 import contextlib
 import gzip
-import hashlib
-import http.client
 import os
 import shutil
 import stat
-import sys
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+# pooch is imported where it is used: most data is on this machine already.
+
 CACHE_VARIABLE = "SEVO_OPTAX_CACHE"
 TIMEOUT = 30.0
+CHUNK_SIZE = 1 << 16
+# Without the second, some servers would compress what is compressed already.
+HEADERS = {"User-Agent": "sevo-optax", "Accept-Encoding": "identity"}
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     """Where downloads are kept.
 
     Args:
-      folder: this folder; None: what the environment variable ``SEVO_OPTAX_CACHE`` says, or else ``sevo-optax`` in the
-        user's cache folder (``XDG_CACHE_HOME``, or where the platform has it).
+      folder: this folder; None: what the environment variable ``SEVO_OPTAX_CACHE`` says, or else ``sevo-optax`` where
+        the platform keeps the user's caches (``XDG_CACHE_HOME`` on Linux).
     """
     folder = folder or os.environ.get(CACHE_VARIABLE)
     if folder:
         return Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    if not base and sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA")
-    if not base:
-        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(base) / "sevo-optax"
+    import pooch
+
+    return pooch.os_cache("sevo-optax")
 
 
 def download(url: str, path: Path, *, md5: str | None = None, timeout: float = TIMEOUT) -> None:
@@ -55,20 +52,46 @@ def download(url: str, path: Path, *, md5: str | None = None, timeout: float = T
       ValueError: if what came is not what was published.
       OSError: if it cannot be written.
     """
+    import pooch
+    import requests
+
     by_hand = f"download it by other means and put it at {path}"
     with _writing(path) as file:
         try:
-            with tqdm(desc=path.name, unit="B", unit_scale=True, dynamic_ncols=True, delay=0.5) as bar:
-                for chunk, bar.total in _receive(url, timeout):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        except _UnreachableError as error:
-            raise FileNotFoundError(f"cannot download {url} ({error}); {by_hand}") from None
+            with contextlib.ExitStack() as stack:
+                bar = _Bar(desc=path.name, total=1, unit="B", unit_scale=True, dynamic_ncols=True, delay=0.5)
+
+                def close_later(response: requests.Response, **_: Any) -> None:
+                    stack.callback(response.close)
+
+                options = {"timeout": timeout, "headers": HEADERS, "hooks": {"response": close_later}}
+                pooch.HTTPDownloader(stack.enter_context(bar), CHUNK_SIZE, **options)(url, file, None)
+        except requests.RequestException as error:
+            raise FileNotFoundError(f"cannot download {url} ({_reason(error, timeout)}); {by_hand}") from None
         file.flush()
         if md5 is not None:
             check_md5(Path(file.name), md5, what=url, advice=f"it was not kept; try again, or {by_hand}")
         elif path.suffix == ".gz":
             _check_gzip(Path(file.name), url, by_hand)
+
+
+class _Bar(tqdm):
+    """A progress bar that keeps its time when pooch fills it at the end."""
+
+    def reset(self, total: float | None = None) -> None:
+        self.n = self.last_print_n = 0
+
+
+def _reason(error: BaseException, timeout: float) -> str:
+    """The first cause of a failed request, in few words."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP {response.status_code} {response.reason}"
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    if isinstance(error, TimeoutError):
+        return f"no answer for {timeout:g} s"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def check_md5(path: Path, md5: str, *, what: str, advice: str) -> None:
@@ -77,9 +100,9 @@ def check_md5(path: Path, md5: str, *, what: str, advice: str) -> None:
     Raises:
       ValueError: if they differ; ``what`` names the file, ``advice`` tells the way out.
     """
-    with path.open("rb") as file:
-        # No secret depends on it: it is what the publisher gives.
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    import pooch
+
+    found = pooch.file_hash(str(path), alg="md5")
     if found != md5:
         raise ValueError(f"{what} has the MD5 digest {found}, but its publisher gives {md5}; {advice}")
 
@@ -162,34 +185,3 @@ def _advising(path: Path) -> Iterator[None]:
         raise OSError(
             f"cannot write {path} ({error.strerror}); give another folder with --cache-dir or {CACHE_VARIABLE}"
         ) from None
-
-
-class _UnreachableError(Exception):
-    """Why a file cannot be fetched."""
-
-
-def _receive(url: str, timeout: float) -> Iterator[tuple[bytes, int | None]]:
-    """Yields the body in pieces, each with the number of bytes promised in all."""
-    request = urllib.request.Request(url, headers={"User-Agent": "sevo-optax"})
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            length = response.headers.get("Content-Length")
-            promised = int(length) if length is not None and length.isdigit() else None
-            received = 0
-            while chunk := response.read1(1 << 16):
-                received += len(chunk)
-                yield chunk, promised
-    except urllib.error.HTTPError as error:
-        with error:  # it holds the connection
-            raise _UnreachableError(f"HTTP {error.code} {error.reason}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise _UnreachableError(_reason(error, timeout)) from None
-    if promised is not None and received != promised:
-        raise _UnreachableError(f"the connection ended after {received:,} of {promised:,} bytes")
-
-
-def _reason(error: Exception, timeout: float) -> str:
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, TimeoutError):
-        return f"no answer for {timeout:g} s"
-    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

@@ -39,7 +39,7 @@ def drop_duplicates(interactions: Interactions, keep: Duplicates = "all") -> Int
     mask = np.zeros(len(interactions), bool)
     mask[order[chosen]] = True
     kept = interactions.where(mask)
-    return kept.noting(f"duplicates, {keep} kept: {len(interactions) - len(kept):,} interactions removed")
+    return kept.with_notes(f"duplicates, {keep} kept: {len(interactions) - len(kept):,} interactions removed")
 
 
 def k_core(
@@ -81,12 +81,12 @@ def k_core(
             f"with {wanted}, nothing of {interactions} remains; lower min_user_interactions or min_item_interactions"
         )
     if left == len(interactions):
-        return interactions.noting(f"{wanted}: nothing had to be removed")
+        return interactions.with_notes(f"{wanted}: nothing had to be removed")
     kept = interactions.where(keep)
     kept = _without_unused_items(kept.of_users(kept.lengths > 0))
     removed_users = interactions.num_users - kept.num_users
     removed_items = len(np.unique(items)) - kept.num_items
-    return kept.noting(
+    return kept.with_notes(
         f"{wanted}: removed {removed_users:,} users, {removed_items:,} items and {len(interactions) - left:,} "
         f"interactions in {rounds - 1} {'rounds' if rounds > 2 else 'round'}"
     )

@@ -1,7 +1,7 @@
 """The one in-memory form of interaction data."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -12,8 +12,8 @@ class Interactions:
     """The interactions of many users, each user's in order of time.
 
     Inside, users are numbered from 0 and items from 1. What they are called in the data is kept beside the numbers, so
-    that results can be given in the caller's own ids: ``interactions.item_ids[numbers]``. :func:`item_numbers` leads
-    back.
+    that results can be given in the caller's own ids: ``interactions.item_ids[numbers]``.
+    :func:`models.data.ids.item_numbers` leads back.
 
     Attributes:
       items: shape (interactions,), int32, item numbers from 1 to ``num_items``, user after user. 0 is kept for padding.
@@ -23,7 +23,8 @@ class Interactions:
       item_ids: shape (num_items + 1,), int64 or str: the raw id of each item. Entry 0 belongs to padding and means
         nothing: it is 0 or the empty string. None: the numbers themselves.
       times: shape (interactions,), int64 or float64, ascending inside each user; None: only the order is known.
-      notes: what was done to the data on the way here, one line each, to be printed with the statistics.
+      notes: what was done to the data on the way here, one line each, to be printed with the statistics. Those that
+        begin with ``warning:`` tell what may be wrong with them.
     """
 
     items: np.ndarray
@@ -158,45 +159,9 @@ class Interactions:
             times=None if self.times is None else self.times[mine],
         )
 
-    def noting(self, *notes: str) -> "Interactions":
+    def with_notes(self, *notes: str) -> "Interactions":
         """The same interactions with more ``notes``."""
         return dataclasses.replace(self, notes=self.notes + notes)
-
-
-def item_lookup(item_ids: np.ndarray) -> Callable[[Any], int]:
-    """A function from one raw item id to the item's number, 0 if the id is unknown.
-
-    Where the data's ids are integers, text that spells one is taken as one, and where they are text, numbers are
-    spelled out: ids from a command line or a table find their items.
-
-    Args:
-      item_ids: shape (num_items + 1,), the raw ids, as in :class:`Interactions`.
-    """
-    number_of = {raw_id: number for number, raw_id in enumerate(item_ids.tolist()) if number}
-    integers = item_ids.dtype.kind in "iu"
-
-    def number(raw_id: Any) -> int:
-        if not integers:
-            return number_of.get(str(raw_id), 0)
-        try:
-            return number_of.get(int(raw_id) if isinstance(raw_id, str) else raw_id, 0)
-        except ValueError:
-            return 0
-
-    return number
-
-
-def item_numbers(item_ids: np.ndarray, raw: Iterable[Any]) -> np.ndarray:
-    """Translates raw item ids to item numbers, see :func:`item_lookup`.
-
-    Args:
-      item_ids: shape (num_items + 1,), the raw ids, as in :class:`Interactions`.
-      raw: the ids to look up.
-
-    Returns:
-      Shape (ids,), int32: the numbers, 0 where an id is unknown.
-    """
-    return np.array(list(map(item_lookup(item_ids), raw)), dtype=np.int32)
 
 
 def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Reading interaction data: the one way in, whatever the file."""
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -10,23 +12,12 @@ from models.config import DataFormat, Duplicates
 from models.data.filters import drop_duplicates, k_core
 from models.data.interactions import Interactions
 from models.data.named import NAMED, fetch_named
+from models.data.rows import interactions_of
 from models.data.synthetic import drifting_interests
-from models.data.tables import TableFormat, read_bytes, read_table
+from models.data.tables import TABLE_SUFFIXES, Source, open_table, shortened, suffix_of
 
 # Suffix (before .gz) -> format.
-SUFFIXES: dict[str, DataFormat] = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".data": "tsv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".inter": "inter",
-    ".dat": "dat",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".txt": "s3rec",
-}
+SUFFIXES: dict[str, DataFormat] = TABLE_SUFFIXES | {".txt": "s3rec"}
 SPARSE = 1_000_000
 HEADLESS = ".data"  # ml-100k's u.data has no header
 
@@ -39,6 +30,9 @@ def load(
     item_column: str | None = None,
     time_column: str | None = None,
     header: bool = True,
+    rating_column: str | None = None,
+    min_rating: float | None = None,
+    where: Sequence[str] = (),
     duplicates: Duplicates = "all",
     min_user_interactions: int = 0,
     min_item_interactions: int = 0,
@@ -46,19 +40,23 @@ def load(
 ) -> Interactions:
     """Reads interaction data and filters it.
 
-    Repetitions go first, then users and items with too few interactions.
+    Rows go first that do not fit ``where`` and ``min_rating``, then repetitions, then users and items with too few
+    interactions.
 
     Args:
-      path: a file, or the name of a public data set, see :data:`models.data.named.NAMED`, which is fetched the first
-        time (a file of that name wins); None: the embedded data.
+      path: a file or a pipe, or the name of a public data set, see :data:`models.data.named.NAMED`, which is fetched
+        the first time (a file of that name wins); None: the embedded data.
       data_format: how the file is written. ``auto`` goes by its suffix: ``.csv``, ``.tsv``, ``.parquet`` and ``.pq``,
         ``.inter`` (RecBole), ``.dat`` (MovieLens), ``.data`` (ml-100k's u.data: a tsv without a header), ``.json``,
         ``.jsonl`` and ``.ndjson`` (one object a line, as Amazon's reviews), ``.txt`` (S3-Rec, see
         :func:`read_sequences`); ``.gz`` may follow.
-      user_column: see :func:`models.data.tables.read_table`.
+      user_column: see :func:`models.data.rows.interactions_of`.
       item_column: as above.
       time_column: as above.
-      header: as above.
+      header: whether the first line of csv or tsv names the columns; if not, they are called 1, 2, 3 ….
+      rating_column: see :func:`models.data.rows.interactions_of`.
+      min_rating: as above.
+      where: as above.
       duplicates: see :func:`models.data.filters.drop_duplicates`.
       min_user_interactions: see :func:`models.data.filters.k_core`.
       min_item_interactions: as above.
@@ -71,8 +69,14 @@ def load(
       FileNotFoundError: if there is no such file, or a public data set can be fetched neither.
       ValueError: if the file does not fit its format or an option; the message names the place and the way out.
     """
-    columns = {"user_column": user_column, "item_column": item_column, "time_column": time_column}
-    interactions = drifting_interests() if path is None else _read(Path(path), data_format, columns, header, cache_dir)
+    options = {"user_column": user_column, "item_column": item_column, "time_column": time_column}
+    options |= {"rating_column": rating_column, "min_rating": min_rating, "where": tuple(where) or None}
+    options = {name: value for name, value in options.items() if value is not None}
+    if path is None:
+        _check_no_columns(options, "the embedded data is used")
+        interactions = drifting_interests()
+    else:
+        interactions = _read(Path(path), data_format, options, header, cache_dir)
     interactions = drop_duplicates(interactions, duplicates)
     return k_core(
         interactions,
@@ -84,15 +88,17 @@ def load(
 def _read(
     path: Path,
     data_format: DataFormat,
-    columns: dict[str, str | None],
+    options: dict[str, Any],
     header: bool,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Interactions:
-    named = NAMED.get(str(path)) if not path.is_file() else None
+    named = NAMED.get(str(path))
+    if named is not None and path.is_file():
+        named = None
     if named is not None:
         path = fetch_named(str(path), cache_dir)
-    _check_exists(path)
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    source = _source(path)
+    suffix = suffix_of(path)
     if data_format == "auto":
         data_format = SUFFIXES.get(suffix, "auto")
     if data_format not in get_args(DataFormat)[1:]:
@@ -101,27 +107,19 @@ def _read(
             f"or give --data-format {{{','.join(get_args(DataFormat)[1:])}}}"
         )
     if data_format == "s3rec":
-        given = [name for name, column in columns.items() if column is not None]
-        if given:
-            raise ValueError(f"{given[0]}: {path} is read as S3-Rec text, which has no columns; give a --data-format")
-        return read_sequences(path)
-    table_format: TableFormat = data_format
-    interactions = read_table(path, table_format, **columns, header=header and suffix != HEADLESS)
-    if named is not None and len(interactions) != named.num_interactions:
-        raise ValueError(
-            f"data: {path} holds {len(interactions):,} interactions, but its publisher counts "
-            f"{named.num_interactions:,}; delete it to fetch it again, or give it by its path to use it as it is"
-        )
-    return interactions
+        _check_no_columns(options, f"{path} is read as S3-Rec text")
+        return _sequences(source)
+    table = open_table(source, data_format, header=header and suffix != HEADLESS)
+    return interactions_of(table, **options, num_rows=None if named is None else named.num_interactions)
 
 
-def _check_exists(path: Path) -> None:
-    """Fails unless there is such a file."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"data: {path} {what}; give a file of interactions ({', '.join(SUFFIXES)}) or one of {', '.join(NAMED)}"
-        )
+def _source(path: Path) -> Source:
+    return Source(path, "data", f"a file of interactions ({', '.join(SUFFIXES)}) or one of {', '.join(NAMED)}")
+
+
+def _check_no_columns(options: dict[str, Any], why: str) -> None:
+    if options:
+        raise ValueError(f"{next(iter(options))}: {why}, which has no columns; give a table and its --data-format")
 
 
 def read_sequences(path: str | os.PathLike[str]) -> Interactions:
@@ -139,19 +137,21 @@ def read_sequences(path: str | os.PathLike[str]) -> Interactions:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is empty or not text, or a line does not fit the format; the message names the line.
     """
-    path = Path(path)
-    _check_exists(path)
+    return _sequences(_source(Path(path)))
+
+
+def _sequences(source: Source) -> Interactions:
     sequences: list[np.ndarray] = []
     line_of: dict[int, int] = {}
-    for number, line in enumerate(read_bytes(path).decode().splitlines(), start=1):
+    for number, line in enumerate(source.text().split(b"\n"), start=1):
         if not line.strip():
             continue
-        where = f"data: {path}, line {number}"
+        where, fields = f"{source}, line {number}", line.decode().split()
         try:
-            values = np.array(line.split(), dtype=np.int64)
+            values = np.array(fields, dtype=np.int64)
         except (ValueError, OverflowError):
-            bad = next(field for field in line.split() if not field.lstrip("+-").isdigit() or len(field) > 18)
-            raise ValueError(f"{where}: {bad!r} is no integer id; the format is 'user item item …'") from None
+            bad = next((field for field in fields if not re.fullmatch(r"[+-]?[0-9]{1,18}", field)), fields[0])
+            raise ValueError(f"{where}: {shortened(bad)} is no integer id; the format is 'user item item …'") from None
         if len(values) < 2:
             raise ValueError(f"{where}: user {values[0]} has no items; the format is 'user item item …'")
         user, items = int(values[0]), values[1:]
@@ -164,15 +164,15 @@ def read_sequences(path: str | os.PathLike[str]) -> Interactions:
         line_of[user] = number
         sequences.append(items)
     if not sequences:
-        raise ValueError(f"data: {path} holds no interactions; the format is one line 'user item item …' a user")
-    _check_dense(path, np.concatenate(sequences))
-    return Interactions.from_sequences(sequences, user_ids=list(line_of)).noting("in the order of each line")
+        raise ValueError(f"{source} holds no interactions; the format is one line 'user item item …' a user")
+    _check_dense(source, np.concatenate(sequences))
+    return Interactions.from_sequences(sequences, user_ids=list(line_of)).with_notes("in the order of each line")
 
 
-def _check_dense(path: Path, items: np.ndarray) -> None:
+def _check_dense(source: Source, items: np.ndarray) -> None:
     """Refuses ids that are far from numbers: there is a row of every table for each number up to the largest."""
     if items.max() > SPARSE and items.max() > 100 * (occurring := len(np.unique(items))):
         raise ValueError(
-            f"data: {path}: the item ids reach to {items.max()}, but only {occurring} occur; number the items from 1, "
+            f"{source}: the item ids reach to {items.max()}, but only {occurring} occur; number the items from 1, "
             "or write one interaction a line (.tsv), where ids may be anything"
         )

@@ -1,21 +1,19 @@
-"""Reading tables with one interaction a row: csv, tsv, parquet, RecBole ``.inter``, MovieLens ``.dat``, JSON lines."""
+"""Opening tables, all in one way: csv, tsv, parquet, RecBole's files, MovieLens' ``.dat``, JSON lines."""
 
+import abc
 import codecs
 import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
-import re
+import os
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
-
-import numpy as np
-
-from models.data.interactions import Interactions
-from models.data.splits import seconds_since_1970
 
 if TYPE_CHECKING:
     import polars
@@ -23,139 +21,119 @@ if TYPE_CHECKING:
 # polars is imported where it is used: training on plain sequences works without it.
 
 TableFormat = Literal["csv", "tsv", "parquet", "inter", "dat", "json"]
-Role = Literal["user", "item", "time"]
 
-# What the columns are usually called, best guess first; case and anything but letters and digits do not count.
-USUAL_NAMES: dict[Role, tuple[str, ...]] = {
-    "user": ("userid", "user", "uid", "reviewerid", "customerid", "visitorid", "memberid", "sessionid"),
-    "item": (
-        *("itemid", "item", "iid", "movieid", "movie", "asin", "parentasin", "productid", "product", "bookid", "isbn"),
-        *("businessid", "trackid", "songid", "artistid", "articleid", "videoid", "gameid"),
-    ),
-    "time": (
-        *("timestamp", "unixreviewtime", "time", "ratingtime", "unixtimestamp", "datetime", "date", "eventtime"),
-        *("createdat", "ts"),
-    ),
+# Suffix (before .gz) -> format, of files with one row an interaction or an item.
+TABLE_SUFFIXES: dict[str, TableFormat] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".data": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".inter": "inter",
+    ".dat": "dat",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
 }
-# In files without a header, columns are called by their place. Both MovieLens and Amazon publish user, item, rating and
-# time in this order.
-USUAL_PLACES: dict[Role, tuple[str, ...]] = {"user": ("1",), "item": ("2",), "time": ("4",)}
-NO_TIMES = "none"
-
-# A table that is open: the names of its columns, and how to read some of them, each named so.
-_Table = tuple[list[str], Callable[[list[str]], "polars.DataFrame"]]
-
-
-def read_table(
-    path: Path,
-    table_format: TableFormat,
-    *,
-    user_column: str | None = None,
-    item_column: str | None = None,
-    time_column: str | None = None,
-    header: bool = True,
-) -> Interactions:
-    """Reads a table with one interaction a row.
-
-    Each user's interactions are put in order of time; those of the same time stay in the order of the file, and so does
-    everything if there are no times. Users and items are numbered in ascending order of their ids. Ids that are
-    integers, each written in the one usual way, become integers; any other id stays text (``007`` is not ``7``).
-
-    Args:
-      path: the file; text may be compressed with gzip.
-      table_format: how it is written.
-      user_column: column of the users' ids; None: one with a usual name (without a header: the first).
-      item_column: column of the items' ids; None: one with a usual name (without a header: the second).
-      time_column: column of the times, numbers or ISO 8601 dates (which become seconds since 1970); None: one with a
-        usual name (without a header: the fourth), if there is one; ``none``: there are no times.
-      header: whether the first line of csv or tsv names the columns; if not, they are called 1, 2, 3 ….
-
-    Returns:
-      The interactions, with ``times`` if there are any.
-
-    Raises:
-      ValueError: if the file is damaged or empty, a column is missing, or an id or a time is; the message says where.
-    """
-    header = header and table_format != "dat"
-    if table_format == "parquet":
-        columns, read = _open_parquet(path)
-    elif table_format == "json":
-        columns, read = _open_json(path)
-    else:
-        columns, read = _open_text(path, table_format, header)
-    chosen = _choose(path, columns, {"user": user_column, "item": item_column, "time": time_column}, header)
-    frame = read(list(chosen.values()))
-    if not len(frame):
-        raise ValueError(f"data: {path} holds no interactions; it needs at least one row")
-    user, item = (_checked_ids(path, frame[chosen[role]], f"{role} id") for role in ("user", "item"))
-    times = _checked_times(path, frame[chosen["time"]]) if "time" in chosen else None
-    order = f"in order of {chosen['time']!r}, ties as in the file" if "time" in chosen else "in the order of the file"
-    note = f"users from {chosen['user']!r}, items from {chosen['item']!r}, {order}"
-    if "time" not in chosen and time_column is None:
-        note += f" (no column of times among {', '.join(columns)})"
-    return _assemble(user, item, times, note)
+SAMPLE_ROWS = 1000
+LISTED = 30
+LONGEST_SHOWN = 80
+GZIP = b"\x1f\x8b"
+STDERR = 2
+SEQUENCE_TYPES = ("token_seq", "float_seq")
 
 
-def _assemble(user: "polars.Series", item: "polars.Series", times: np.ndarray | None, note: str) -> Interactions:
-    """Numbers users and items by their ids, and sorts."""
-    users, items = (series.rank("dense").to_numpy() for series in (user, item))
-    # Both sorts are stable, so rows of the same user and time stay in the order of the file.
-    order = np.argsort(users, kind="stable") if times is None else np.lexsort([times, users])
-    lengths = np.bincount(users)[1:]
-    user_ids, item_ids = (_distinct(series) for series in (user, item))
-    return Interactions(
-        items=items[order].astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        num_items=len(item_ids),
-        user_ids=user_ids,
-        item_ids=np.insert(item_ids, 0, 0 if item_ids.dtype.kind == "i" else ""),
-        times=None if times is None else times[order],
-        notes=(note,),
-    )
+def suffix_of(path: Path) -> str:
+    """The suffix in small letters, that before ``.gz`` if there is one."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _distinct(ids: "polars.Series") -> np.ndarray:
-    """The distinct ids in ascending order, as int64 or text of fixed width."""
-    values = ids.unique().sort().to_numpy()
-    return values if values.dtype.kind == "i" else values.astype(str)
+def listed(names: Sequence[str]) -> str:
+    """Names in one line, at most :data:`LISTED` of them."""
+    shown = [name if name.isprintable() and name else repr(name) for name in names[:LISTED]]
+    return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
-# Opening
-
-
-def is_gzip(path: Path) -> bool:
-    """Whether the file begins as gzip files do, whatever it is called."""
-    with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
-def read_bytes(path: Path) -> bytes:
-    """The content of a text file, decompressed if need be, and checked to be UTF-8.
-
-    Raises:
-      ValueError: if it is damaged or not UTF-8.
-    """
-    with _open_bytes(path) as file:
-        data = file.read()
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    chunk_size = 1 << 24  # the text is only looked at: it never exists whole
+def shortened(value: Any) -> str:
+    """How a value is shown in an error."""
     try:
-        for begin in range(0, len(data), chunk_size):
-            decoder.decode(data[begin : begin + chunk_size], final=begin + chunk_size >= len(data))
-    except UnicodeDecodeError:
-        line = next(i for i, line in enumerate(data.split(b"\n"), start=1) if not _is_utf8(line))
-        raise _not_utf8(path, line) from None
-    return data
+        text = repr(value)
+    except RecursionError:
+        text = f"a deep {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 4]}...{text[-1]}"
 
 
-@contextlib.contextmanager
-def _open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The file, decompressed while it is read."""
-    with gzip.open(path, "rb") if is_gzip(path) else path.open("rb") as file:
+class Source:
+    """A file or a pipe to read from, possibly compressed with gzip. As text, it is how errors begin.
+
+    Attributes:
+      path: where it is.
+      option: the option that gave it, which every error names.
+    """
+
+    def __init__(self, path: Path, option: str, wanted: str) -> None:
+        """Finds the file, and reads a pipe, which can be read only once.
+
+        Raises:
+          FileNotFoundError: if there is none; it says what is ``wanted``.
+          ValueError: if a pipe cannot be read.
+        """
+        self.path, self.option = path, option
+        self._content: bytes | None = None
+        with self._explaining():
+            pipe, there = path.is_fifo(), path.exists()
+            if pipe:
+                self._content = path.read_bytes()
+        if not pipe and not path.is_file():
+            what = "is a folder" if path.is_dir() else "is no file" if there else "does not exist"
+            raise FileNotFoundError(f"{self} {what}; give {wanted}")
+
+    def __str__(self) -> str:
+        return f"{self.option}: {self.path}"
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
         try:
-            yield file
+            yield
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"data: {path} is damaged or cut short ({error}); get the file again") from None
+            raise ValueError(f"{self} is damaged or cut short ({error}); get the file again") from None
+        except OSError as error:
+            raise ValueError(f"{self} cannot be read ({error.strerror or error}); give another file") from None
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The content, decompressed while it is read, whatever the file is called.
+
+        Raises:
+          ValueError: if it is damaged, or cannot be read.
+        """
+        with self._explaining(), contextlib.ExitStack() as stack:
+            file = stack.enter_context(self.path.open("rb") if self._content is None else io.BytesIO(self._content))
+            begin = file.read(len(GZIP))
+            file.seek(0)
+            yield stack.enter_context(gzip.open(file)) if begin == GZIP else file
+
+    def text(self) -> bytes:
+        """The whole content, checked to be UTF-8.
+
+        Raises:
+          ValueError: if it is not, is damaged, or cannot be read.
+        """
+        with self.open() as file:
+            data = file.read()
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        chunk_size = 1 << 24  # the text is only looked at: it never exists whole
+        try:
+            for begin in range(0, len(data), chunk_size):
+                decoder.decode(data[begin : begin + chunk_size], final=begin + chunk_size >= len(data))
+        except UnicodeDecodeError:
+            line = next(i for i, line in enumerate(data.split(b"\n"), start=1) if not _is_utf8(line))
+            raise self.not_utf8(line) from None
+        return data.removeprefix(codecs.BOM_UTF8)
+
+    def not_utf8(self, line: int) -> ValueError:
+        """The error for a line that is not UTF-8."""
+        return ValueError(f"{self}, line {line}, is not UTF-8 text; convert the file to UTF-8, for example with iconv")
 
 
 def _is_utf8(line: bytes) -> bool:
@@ -166,48 +144,147 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def _not_utf8(path: Path, line: int) -> ValueError:
-    return ValueError(
-        f"data: {path}, line {line}, is not UTF-8 text; convert the file to UTF-8, for example with iconv"
-    )
+class Table(abc.ABC):
+    """A table that is open.
+
+    Attributes:
+      source: the file.
+      columns: the names of its columns. Those of a file without a header are called 1, 2, 3 ….
+      header: whether the file names them.
+    """
+
+    source: Source
+    columns: list[str]
+    header: bool = True
+
+    @abc.abstractmethod
+    def read(self, columns: Sequence[str], *, lists: Collection[str] = ()) -> "polars.DataFrame":
+        """Reads some columns, each named so; text as integers, if all of it spells integers in the usual way.
+
+        Args:
+          columns: their names.
+          lists: those of them that may hold lists of text, where the format has lists.
+
+        Raises:
+          ValueError: if the file is damaged, naming the place.
+        """
+
+    @abc.abstractmethod
+    def sample(self, columns: Sequence[str]) -> "polars.DataFrame":
+        """The first :data:`SAMPLE_ROWS` rows of some columns, without those that can not be read."""
+
+    def check_columns(self, wanted: dict[str, str]) -> None:
+        """Checks that the columns are there, each once.
+
+        Args:
+          wanted: what to call a column in an error, usually an option -> its name.
+
+        Raises:
+          ValueError: if one is not; the message lists the columns.
+        """
+        for option, name in wanted.items():
+            if name not in self.columns:
+                raise ValueError(f"{option}: {self.source.path} has no column {name!r}; it has {listed(self.columns)}")
+            if self.columns.count(name) > 1:
+                raise ValueError(f"{option}: {self.source.path} has several columns {name!r}; rename all but one")
 
 
-def _open_text(path: Path, table_format: TableFormat, header: bool) -> _Table:
-    import polars
+def open_table(source: Source, table_format: TableFormat, *, header: bool = True) -> Table:
+    """Opens a table.
 
-    data = read_bytes(path).removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
-    if not data:
-        raise ValueError(f"data: {path} is empty; it needs at least one row")
-    first_line = data.split(b"\n", 1)[0].rstrip(b"\r")
-    separator = {"csv": _csv_separator(first_line), "dat": "\x1f"}.get(table_format, "\t")
-    if table_format == "dat":
-        if b"::" not in first_line:
-            raise ValueError(f"data: {path}, line 1, has no '::'; the format is 'user::item::rating::time'")
-        # polars separates at single bytes only.
-        data, first_line = (text.replace(b"::", separator.encode()) for text in (data, first_line))
-    quote = '"' if table_format == "csv" else None
+    Args:
+      source: the file.
+      table_format: how it is written.
+      header: whether the first line of csv or tsv names the columns.
 
-    def parse(text: bytes, header: bool) -> "polars.DataFrame":
-        try:
-            return polars.read_csv(text, separator=separator, quote_char=quote, has_header=header, infer_schema=False)
-        except polars.exceptions.PolarsError as error:
-            raise _misshapen(path, data, separator, quote, error) from None
+    Raises:
+      ValueError: if the file is damaged, empty, or no such table.
+    """
+    if table_format == "parquet":
+        return _Parquet(source)
+    if table_format == "json":
+        return _JsonLines(source)
+    return _Text(source, table_format, header and table_format != "dat")
 
-    names = [name or "" for name in parse(first_line, header=False).row(0)]
-    if not header:
-        names = [str(place) for place in range(1, len(names) + 1)]
-    elif table_format == "inter":
-        names = _untyped(path, names)
-    names = [name.strip() for name in names]
 
-    def read(wanted: list[str]) -> "polars.DataFrame":
+class _Text(Table):
+    """Fields between separators."""
+
+    def __init__(self, source: Source, table_format: TableFormat, header: bool) -> None:
+        self.source, self.header = source, header
+        data = source.text().rstrip(b"\r\n")
+        if not data:
+            raise ValueError(f"{source} is empty; it needs at least one row")
+        first_line = data.split(b"\n", 1)[0].rstrip(b"\r")
+        self._separator = {"csv": _csv_separator(first_line), "dat": "\x1f"}.get(table_format, "\t")
+        if table_format == "dat":
+            if b"::" not in first_line:
+                raise ValueError(f"{source}, line 1, has no '::'; the format is 'user::item::rating::time'")
+            # polars separates at single bytes only.
+            data, first_line = (text.replace(b"::", self._separator.encode()) for text in (data, first_line))
+        self._quote = '"' if table_format == "csv" else None
+        self._data = data
+        names = [name or "" for name in self._parse(first_line, header=False).row(0)]
+        if not header:
+            names = [str(place) for place in range(1, len(names) + 1)]
+        elif table_format == "inter":
+            names = _untyped(source, names)
+        self.columns = [name.strip() for name in names]
+
+    def read(self, columns: Sequence[str], *, lists: Collection[str] = ()) -> "polars.DataFrame":
+        import polars
+
+        frame = self._whole()
+        return polars.DataFrame([self._column(frame, name) for name in columns])
+
+    def sample(self, columns: Sequence[str]) -> "polars.DataFrame":
+        import polars
+
+        frame = self._whole(SAMPLE_ROWS)
+        return polars.DataFrame([self._column(frame, name) for name in columns])
+
+    def _column(self, frame: "polars.DataFrame", name: str) -> "polars.Series":
+        return _integers_if_all_are(frame.to_series(self.columns.index(name)).alias(name))
+
+    def _whole(self, num_rows: int | None = None) -> "polars.DataFrame":
         # With a header, polars counts the fields of every row against the first line. It does so only as long as it
         # reads all columns: left to pick some, it would pass over a row that an unquoted comma has shifted.
-        heading = b"" if header else separator.join(names).encode() + b"\n"
-        frame = parse(heading + data, header=True)
-        return polars.DataFrame(_integers_if_all_are(frame.to_series(names.index(n)).alias(n)) for n in wanted)
+        heading = b"" if self.header else self._separator.join(self.columns).encode() + b"\n"
+        return self._parse(heading + self._data, header=True, num_rows=num_rows)
 
-    return names, read
+    def _parse(self, text: bytes, header: bool, num_rows: int | None = None) -> "polars.DataFrame":
+        import polars
+
+        try:
+            return polars.read_csv(
+                text,
+                separator=self._separator,
+                quote_char=self._quote,
+                has_header=header,
+                infer_schema=False,
+                n_rows=num_rows,
+            )
+        except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
+            raise self._misshapen(error) from None
+
+    def _misshapen(self, error: BaseException) -> ValueError:
+        """The error for text that is no table, naming the first row that is too long."""
+        quoting = csv.QUOTE_NONE if self._quote is None else csv.QUOTE_MINIMAL
+        text = io.StringIO(self._data.decode(), newline="")
+        rows = csv.reader(text, delimiter=self._separator, quoting=quoting)
+        try:
+            fields = len(next(rows))
+            for row in rows:
+                if len(row) > fields:
+                    return ValueError(
+                        f"{self.source}, line {rows.line_num}, has {len(row)} fields, but the first line has "
+                        f"{fields}; correct or quote that line, or say how the file is written, with another format"
+                    )
+        except csv.Error:
+            pass  # what polars says is at least as good
+        return ValueError(
+            f"{self.source} cannot be read as a table ({_reason(error)}); check its quotes and separators"
+        )
 
 
 def _csv_separator(first_line: bytes) -> str:
@@ -215,33 +292,16 @@ def _csv_separator(first_line: bytes) -> str:
     return next((separator for separator in ",;\t|" if separator.encode() in first_line), ",")
 
 
-def _misshapen(path: Path, data: bytes, separator: str, quote: str | None, error: Exception) -> ValueError:
-    """The error for text that is no table, naming the first row that is too long."""
-    quoting = csv.QUOTE_NONE if quote is None else csv.QUOTE_MINIMAL
-    rows = csv.reader(io.StringIO(data.decode(), newline=""), delimiter=separator, quoting=quoting)
-    try:
-        fields = len(next(rows))
-        for row in rows:
-            if len(row) > fields:
-                return ValueError(
-                    f"data: {path}, line {rows.line_num}, has {len(row)} fields, but the first line has {fields}; "
-                    "correct or quote that line, or give another --data-format"
-                )
-    except csv.Error:
-        pass  # what polars says is at least as good
-    return ValueError(f"data: {path} cannot be read as a table ({_reason(error)}); check its quotes and separators")
-
-
-def _untyped(path: Path, names: list[str]) -> list[str]:
+def _untyped(source: Source, names: list[str]) -> list[str]:
     """RecBole's header says ``name:type``. Sequences keep their type, and so have no usual name."""
     split = [name.strip().rpartition(":") for name in names]
     for name, (_, _, kind) in zip(names, split, strict=True):
-        if kind not in ("token", "float", "token_seq", "float_seq"):
+        if kind not in ("token", "float", *SEQUENCE_TYPES):
             raise ValueError(
-                f"data: {path}, line 1: {name!r} has no type; a .inter file has columns such as 'user_id:token', "
+                f"{source}, line 1: {name!r} has no type; a .inter file has columns such as 'user_id:token', "
                 "'timestamp:float', between tabs"
             )
-    return [full if kind.endswith("_seq") else bare for full, (bare, _, kind) in zip(names, split, strict=True)]
+    return [full if kind in SEQUENCE_TYPES else bare for full, (bare, _, kind) in zip(names, split, strict=True)]
 
 
 def _integers_if_all_are(text: "polars.Series") -> "polars.Series":
@@ -252,182 +312,145 @@ def _integers_if_all_are(text: "polars.Series") -> "polars.Series":
     return numbers if numbers.cast(polars.String).equals(text, check_names=False) else text
 
 
-def _open_parquet(path: Path) -> _Table:
-    import polars
+class _Parquet(Table):
+    def __init__(self, source: Source) -> None:
+        import polars
 
-    def damaged(error: BaseException) -> ValueError:
-        return ValueError(f"data: {path} cannot be read as parquet ({_reason(error)}); get or write the file again")
-
-    # polars gives up on some damaged files with a panic, which is no Exception.
-    errors = (polars.exceptions.PolarsError, polars.exceptions.PanicException, OSError)
-
-    def read(wanted: list[str]) -> "polars.DataFrame":
+        self.source = source
+        # polars gives up on some damaged files with a panic, which is no Exception.
+        self._errors = (polars.exceptions.PolarsError, polars.exceptions.PanicException, OSError)
+        with source.open() as file:
+            # What is a file stays one: polars then reads no more of it than it needs.
+            self._file: Path | bytes = source.path if isinstance(file, io.BufferedReader) else file.read()
         try:
-            return polars.read_parquet(path, columns=wanted)
-        except errors as error:
-            raise damaged(error) from None
+            with _panics_unprinted():
+                self.columns = list(polars.read_parquet_schema(self._readable()))
+        except self._errors as error:
+            raise self._damaged(error) from None
 
-    try:
-        return list(polars.read_parquet_schema(path)), read
-    except errors as error:
-        raise damaged(error) from None
+    def read(self, columns: Sequence[str], *, lists: Collection[str] = ()) -> "polars.DataFrame":
+        return self._read(columns, None)
+
+    def sample(self, columns: Sequence[str]) -> "polars.DataFrame":
+        return self._read(columns, SAMPLE_ROWS)
+
+    def _read(self, columns: Sequence[str], num_rows: int | None) -> "polars.DataFrame":
+        import polars
+
+        try:
+            with _panics_unprinted():
+                return polars.read_parquet(self._readable(), columns=list(columns), n_rows=num_rows)
+        except self._errors as error:
+            raise self._damaged(error) from None
+
+    def _readable(self) -> Path | io.BytesIO:
+        return self._file if isinstance(self._file, Path) else io.BytesIO(self._file)
+
+    def _damaged(self, error: BaseException) -> ValueError:
+        return ValueError(f"{self.source} cannot be read as parquet ({_reason(error)}); get or write the file again")
 
 
-def _open_json(path: Path) -> _Table:
-    import polars
+@contextlib.contextmanager
+def _panics_unprinted() -> Iterator[None]:
+    """Drops what is written to the terminal if this fails: polars reports a panic there, before it raises it."""
+    with tempfile.TemporaryFile() as written:
+        try:
+            terminal = os.dup(STDERR)
+        except OSError:  # closed
+            yield
+            return
+        os.dup2(written.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, STDERR)
+            os.close(terminal)
+        written.seek(0)
+        os.write(STDERR, written.read())
 
-    def records() -> Iterator[dict[str, Any]]:
-        with _open_bytes(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _record(path, number, line)
 
-    def read(wanted: list[str]) -> "polars.DataFrame":
-        values: dict[str, list[Any]] = {name: [] for name in wanted}
-        for record in records():
+class _JsonLines(Table):
+    """One object a line; what it lacks is missing."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        first = next(self._records(), None)
+        if first is None:
+            raise ValueError(f"{source} is empty; it needs at least one line")
+        self.columns = list(first)
+
+    def read(self, columns: Sequence[str], *, lists: Collection[str] = ()) -> "polars.DataFrame":
+        import polars
+
+        values = self._values(columns, None)
+        return polars.DataFrame([_json_column(self.source, name, values[name], name in lists) for name in columns])
+
+    def sample(self, columns: Sequence[str]) -> "polars.DataFrame":
+        import polars
+
+        found = []
+        for name, column in self._values(columns, SAMPLE_ROWS).items():
+            with contextlib.suppress(ValueError):
+                found.append(_json_column(self.source, name, column, lists=False))
+        return polars.DataFrame(found)
+
+    def _values(self, columns: Sequence[str], num_rows: int | None) -> dict[str, list[Any]]:
+        values: dict[str, list[Any]] = {name: [] for name in columns}
+        for record in itertools.islice(self._records(), num_rows):
             for name, column in values.items():
                 column.append(record.get(name))
-        return polars.DataFrame([_json_column(path, name, column) for name, column in values.items()])
+        return values
 
-    first = next(records(), None)
-    if first is None:
-        raise ValueError(f"data: {path} is empty; it needs at least one line")
-    return list(first), read
+    def _records(self) -> Iterator[dict[str, Any]]:
+        with self.source.open() as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield self._record(number, line)
+
+    def _record(self, number: int, line: bytes) -> dict[str, Any]:
+        form = "the format is one object a line"
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            raise self.source.not_utf8(number) from None
+        except RecursionError:
+            raise ValueError(f"{self.source}, line {number}, is nested too deeply to be read; {form}") from None
+        except ValueError as error:
+            raise ValueError(f"{self.source}, line {number}, is no JSON ({error}); {form}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{self.source}, line {number}, is no JSON object; {form}")
+        return record
 
 
-def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError:
-        raise _not_utf8(path, number) from None
-    except ValueError as error:
-        raise ValueError(
-            f"data: {path}, line {number}, is no JSON ({error}); the format is one object a line"
-        ) from None
-    if not isinstance(record, dict):
-        raise ValueError(f"data: {path}, line {number}, is no JSON object; the format is one object a line")
-    return record
-
-
-def _json_column(path: Path, name: str, values: list[Any]) -> "polars.Series":
-    """JSON values as one column: integers, numbers, or text if any is text."""
+def _json_column(source: Source, name: str, values: list[Any], lists: bool) -> "polars.Series":
+    """JSON values as one column: integers, numbers, text if any is text, truth values, or lists of text if allowed."""
     import polars
 
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {bool}:
+        return polars.Series(name, values, dtype=polars.Boolean)
+    if lists and list in kinds:
+        several = [value if value is None or isinstance(value, list) else [value] for value in values]
+        parts = [part for value in several for part in value or ()]
+        lengths = [None if value is None else len(value) for value in several]
+        return _regrouped(_json_column(source, name, parts, lists=False).cast(polars.String), lengths)
     for row, value in enumerate(values, start=1):
         if isinstance(value, bool | list | dict):
-            raise ValueError(f"data: {path}, row {row}: {name!r} is {value!r}; it must be a number or text")
-    kinds = {type(value) for value in values if value is not None}
+            raise ValueError(f"{source}, row {row}: {name!r} is {shortened(value)}; it must be a number or text")
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= sign <= "\udfff" for sign in value):
+            raise ValueError(f"{source}, row {row}: {name!r} is {shortened(value)}, which lacks half of a character")
     if str in kinds or any(isinstance(value, int) and abs(value) >= 2**63 for value in values):
         return polars.Series(name, [None if v is None else str(v) for v in values], dtype=polars.String)
     return polars.Series(name, values, dtype=polars.Float64 if float in kinds else polars.Int64)
 
 
-# Choosing and checking columns
-
-
-def _choose(path: Path, columns: list[str], given: dict[Role, str | None], header: bool) -> dict[Role, str]:
-    """Which column has which role; without times, ``time`` is left out."""
-    usual = USUAL_NAMES if header else USUAL_PLACES
-    bare = {re.sub(r"[\W_]", "", name).lower(): name for name in reversed(columns)}
-    chosen: dict[Role, str] = {}
-    for role, name in given.items():
-        if role == "time" and name == NO_TIMES and name not in columns:
-            continue
-        if name is None:
-            name = next((bare[candidate] for candidate in usual[role] if candidate in bare), None)
-        elif name not in columns:
-            raise ValueError(f"{role}_column: {path} has no column {name!r}; it has {', '.join(columns)}")
-        if name is not None:
-            chosen[role] = name
-        elif role != "time":
-            raise ValueError(
-                f"{role}_column: no column of {path} has a usual name of {role} ids; say which of "
-                f"{', '.join(columns)} it is (or --no-header, if that is a row of data)"
-            )
-    if len(set(chosen.values())) < len(chosen):
-        raise ValueError(
-            f"data: users, items and times of {path} must be in different columns, "
-            f"got {', '.join(f'{role} {name!r}' for role, name in chosen.items())}"
-        )
-    return chosen
-
-
-def _checked_ids(path: Path, ids: "polars.Series", what: str) -> "polars.Series":
-    """The ids as Int64 or String, none of them missing."""
+def _regrouped(parts: "polars.Series", lengths: list[int | None]) -> "polars.Series":
+    """Lists of the given lengths, of parts one after the other."""
     import polars
 
-    if ids.dtype in (polars.Categorical, polars.Enum):
-        ids = ids.cast(polars.String)
-    if ids.dtype.is_float():
-        ids = ids.fill_nan(None)
-        _refuse(path, ids, ids.is_null(), f"the {what} is missing; give the row one or remove it")
-        fractions = (ids != ids.floor()) | ids.is_infinite()
-        _refuse(path, ids, fractions, f"the {what} must be an integer or text, not a fraction")
-    elif ids.dtype == polars.String:
-        blank = ids.is_null() | (ids.str.strip_chars() == "")
-        _refuse(path, ids, blank, f"the {what} is missing; give the row one or remove it")
-        return ids
-    elif ids.dtype.is_integer():
-        _refuse(path, ids, ids.is_null(), f"the {what} is missing; give the row one or remove it")
-    else:
-        raise ValueError(f"data: {path}: column {ids.name!r} holds {ids.dtype}, but {what}s are integers or text")
-    numbers = ids.cast(polars.Int64, strict=False)
-    return ids.cast(polars.String) if numbers.null_count() else numbers
-
-
-def _checked_times(path: Path, times: "polars.Series") -> np.ndarray:
-    """The times as int64 or float64, none of them missing or negative; dates as seconds since 1970."""
-    import polars
-
-    advice = "correct or remove the row, or give --time-column none to take the order of the file"
-    kind = times.dtype
-    missing = times.is_null()
-    if kind == polars.String:
-        missing |= times.str.strip_chars() == ""
-    _refuse(path, times, missing, f"the time is missing; {advice}")
-    if kind == polars.String:
-        values = _times_from_text(path, times, advice)
-    elif kind in (polars.Date, polars.Datetime):
-        values = times.cast(polars.Datetime("us")).dt.epoch("us").cast(polars.Float64) / 1e6
-    elif kind.is_integer() or kind.is_float():
-        values = times.cast(polars.Float64 if kind.is_float() else polars.Int64)
-    else:
-        raise ValueError(f"data: {path}: column {times.name!r} holds {kind}, but times are numbers or dates")
-    if values.dtype.is_float():
-        _refuse(path, times, ~values.is_finite(), f"the time is no finite number; {advice}")
-    _refuse(path, times, values < 0, f"the time is negative; {advice}")
-    return values.to_numpy()
-
-
-def _times_from_text(path: Path, times: "polars.Series", advice: str) -> "polars.Series":
-    """Numbers if the first is one, dates otherwise."""
-    import polars
-
-    numbers = times.str.strip_chars().cast(polars.Float64, strict=False)
-    if numbers[0] is not None:
-        _refuse(path, times, numbers.is_null(), f"the time is no number, as those before are; {advice}")
-        return numbers
-    seconds = []
-    for row, text in enumerate(times.to_list(), start=1):
-        try:
-            seconds.append(seconds_since_1970(text.strip()))
-        except ValueError:
-            raise ValueError(
-                f"data: {path}, row {row}, column {times.name!r}: {text!r} is neither a number nor a date such as "
-                f"2001-12-31 or 2001-12-31T23:59:59; {advice}"
-            ) from None
-    return polars.Series(seconds, dtype=polars.Float64)
-
-
-def _refuse(path: Path, values: "polars.Series", bad: "polars.Series", reason: str) -> None:
-    """Names the first row that is bad, if there is one."""
-    place = bad.arg_max() if bad.any() else None
-    if place is not None:
-        found = values[place]
-        shown = "" if found is None or found == "" else f"{found!r}: "
-        raise ValueError(
-            f"data: {path}, row {place + 1} (a header not counted), column {values.name!r}: {shown}{reason}"
-        )
+    remaining = iter(parts.to_list())
+    lists = [None if length is None else list(itertools.islice(remaining, length)) for length in lengths]
+    return polars.Series(parts.name, lists, dtype=polars.List(polars.String))
 
 
 def _reason(error: BaseException) -> str:

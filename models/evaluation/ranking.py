@@ -1,7 +1,7 @@
 """Full ranking: every user's next item against the whole catalogue."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models import metrics
+from models.architectures.base import Recommender
 from models.compilation import jit
-from models.data.interactions import Interactions
-from models.data.packing import PackedSequences, pack
-from models.sequence_model import SequenceModel
+from models.data import Interactions
+from models.evaluation import metrics
+from models.evaluation.queries import Histories, KnownUsers, make_queries
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["packed", "newest", "targets", "seen_users", "seen_items", "chunk_starts"],
+    data_fields=["queries", "targets", "seen_users", "seen_items", "chunk_starts"],
     meta_fields=["num_users", "num_items", "chunk_size", "pairs_per_chunk", "exclude_seen"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,7 @@ class FullRanking:
     """An evaluation set on the device. Users are scored in chunks, so scores of users × items never exist whole.
 
     Attributes:
-      packed: every user's history.
-      newest: shape (chunks, chunk_size), int32, where each user's newest token is among all tokens of ``packed``.
+      queries: every user's query.
       targets: shape (chunks, chunk_size), int32, the item to find.
       seen_users: shape (pairs,), int32, user of each distinct (user, item in the history) pair, ascending.
       seen_items: shape (pairs,), int32.
@@ -40,8 +39,7 @@ class FullRanking:
       exclude_seen: whether items of the history are left out of the ranking; if not, there are no pairs.
     """
 
-    packed: PackedSequences
-    newest: jax.Array
+    queries: Histories | KnownUsers
     targets: jax.Array
     seen_users: jax.Array
     seen_items: jax.Array
@@ -64,30 +62,27 @@ class FullRanking:
         history: Interactions,
         targets: np.ndarray,
         *,
-        model: type[SequenceModel],
-        max_length: int,
+        model: type[Recommender],
+        config: Any,
+        user_ids: np.ndarray | None = None,
         exclude_seen: bool = True,
-        batch_size: int = 512,
         chunk_size: int = 256,
     ) -> "FullRanking":
-        """Packs the histories and collects what is not to be ranked.
+        """Makes the queries and collects what is not to be ranked.
 
         Args:
           history: what is known of each user; nobody's may be empty.
           targets: shape (users,), the item that follows.
-          model: the kind of model, which decides what follows the history in its inputs.
-          max_length: the longest sequence the model takes.
+          model: the kind of model.
+          config: its configuration.
+          user_ids: shape (known users,), the raw ids of the users that the model knows, if it has a table of users.
           exclude_seen: whether items of the history are left out of the ranking.
-          batch_size: users encoded at once, on average.
           chunk_size: users scored at once; a chunk needs ``chunk_size`` × items numbers.
-        """
-        queries = model.queries(history)
-        packed = pack(queries, max_length=max_length, batch_size=batch_size, with_targets=False)
-        slot, step, length = (np.asarray(x) for x in (packed.slot, packed.step, packed.slot_length))
-        last = np.flatnonzero((slot.ravel() >= 0) & (step.ravel() == length[slot.ravel()] - 1))
-        newest = np.empty(history.num_users, np.int32)
-        newest[np.asarray(packed.user)[slot.ravel()[last]]] = last
 
+        Raises:
+          ValueError: if the model does not know a user.
+        """
+        queries = make_queries(history, model=model, config=config, user_ids=user_ids)
         users, items = history.distinct_pairs() if exclude_seen else (np.zeros(0, int), np.zeros(0, int))
         chunks = -(-history.num_users // chunk_size)
         starts = np.searchsorted(users, np.arange(chunks + 1) * chunk_size)
@@ -100,8 +95,7 @@ class FullRanking:
         # A slice of fixed length behind the last chunk's start must stay in bounds.
         behind = (0, pairs_per_chunk)
         return cls(
-            packed=packed,
-            newest=chunked(newest),
+            queries=queries,
             targets=chunked(targets),
             seen_users=jnp.asarray(np.pad(users, behind, constant_values=-1), jnp.int32),
             seen_items=jnp.asarray(np.pad(items, behind), jnp.int32),
@@ -113,7 +107,7 @@ class FullRanking:
             exclude_seen=exclude_seen,
         )
 
-    def ranks(self, model: SequenceModel) -> jax.Array:
+    def ranks(self, model: Recommender, context: Mapping[str, Any]) -> jax.Array:
         """Ranks every user's target: shape (users,), int32, 0 for the first place.
 
         An item in the history is not ranked (if ``exclude_seen``), unless it is the target. Items with the target's
@@ -129,9 +123,9 @@ class FullRanking:
             hidden_ahead = inside & (item != targets[user]) & ~(scores[user, item] < score[user, 0])
             return ahead - 1 - jax.ops.segment_sum(hidden_ahead.astype(jnp.int32), user, self.chunk_size)
 
-        return self._by_chunk(model, rank)
+        return self._by_chunk(model, context, rank)
 
-    def top_items(self, model: SequenceModel, k: int) -> jax.Array:
+    def top_items(self, model: Recommender, context: Mapping[str, Any], k: int) -> jax.Array:
         """The best items of every user: shape (users, min(k, num_items)), int32, the best first.
 
         Items in the history are left out if ``exclude_seen``; 0 fills up where too few remain. Of items with the same
@@ -145,16 +139,22 @@ class FullRanking:
             best, found = jax.lax.top_k(scores[:, 1 : self.num_items + 1], min(k, self.num_items))
             return jnp.where(jnp.isneginf(best), 0, found + 1)
 
-        return self._by_chunk(model, top)
+        return self._by_chunk(model, context, top)
 
-    def _by_chunk(self, model: SequenceModel, function: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-        """Applies ``function(chunk, scores)``, with scores of shape (chunk_size, rows of the output layer)."""
-        hidden = jax.lax.map(lambda i: model(self.packed.batch(i)), jnp.arange(self.packed.num_batches))
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        weight, bias = model.output_layer()
-        hidden = hidden.astype(jnp.promote_types(hidden.dtype, weight.dtype))
+    def _by_chunk(
+        self,
+        model: Recommender,
+        context: Mapping[str, Any],
+        function: Callable[[jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:
+        """Applies ``function(chunk, scores)``, with scores of shape (chunk_size, rows of the item table)."""
+        represented = model.represent(context)
+        vectors = self.queries.vectors(model, represented)
+        filled = jnp.arange(self.targets.size).reshape(self.targets.shape)
+        users = jnp.minimum(filled, self.num_users - 1)
         found = jax.lax.map(
-            lambda chunk: function(chunk, hidden[self.newest[chunk]] @ weight.T + bias), jnp.arange(len(self.newest))
+            lambda chunk: function(chunk, model.scores(vectors[users[chunk]], represented)),
+            jnp.arange(len(self.targets)),
         )
         return found.reshape(-1, *found.shape[2:])[: self.num_users]
 
@@ -168,8 +168,8 @@ class FullRanking:
 
 def make_test(
     graphdef: nnx.GraphDef, ks: Sequence[int]
-) -> Callable[[Any, FullRanking], tuple[np.ndarray, dict[str, float]]]:
-    """Builds ``test(params, ranking) -> ranks, metrics``, compiled when it is first called.
+) -> Callable[[Any, FullRanking, Mapping[str, Any]], tuple[np.ndarray, dict[str, float]]]:
+    """Builds ``test(state, ranking, context) -> ranks, metrics``, compiled when it is first called.
 
     Args:
       graphdef: of the model.
@@ -178,12 +178,15 @@ def make_test(
     Returns:
       A function that returns ranks (users,) and all metrics by name, coverage included.
     """
-    ranks_of = jit(lambda params, ranking: ranking.ranks(nnx.merge(graphdef, params)))
-    top_items_of = jit(lambda params, ranking: ranking.top_items(nnx.merge(graphdef, params), max(ks)))
 
-    def test(params: Any, ranking: FullRanking) -> tuple[np.ndarray, dict[str, float]]:
-        ranks, top_items = np.asarray(ranks_of(params, ranking)), top_items_of(params, ranking)
+    @jit
+    def find(state: Any, ranking: FullRanking, context: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, state)
+        return ranking.ranks(model, context), ranking.top_items(model, context, max(ks))
+
+    def test(state: Any, ranking: FullRanking, context: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, float]]:
+        ranks, top_items = find(state, ranking, context)
         coverage = {f"coverage@{k}": metrics.coverage_at_k(top_items, ranking.num_items, k) for k in ks}
-        return ranks, metrics.summarize(ranks, ks) | coverage
+        return np.asarray(ranks), metrics.summarize(np.asarray(ranks), ks) | coverage
 
     return test

@@ -1,5 +1,6 @@
 """What a training step is fed: packed sequences, prefixes, or user-item pairs."""
 
+from models.feeds.negatives import NegativeSampler as NegativeSampler
 from models.feeds.packed import Batch as Batch
 from models.feeds.packed import PackedSequences as PackedSequences
 from models.feeds.packed import pack as pack

@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# Steps of the loop over time that are compiled as one: a step is small, and starting it costs as much as its work.
-STEPS_AT_ONCE = 4
-
 _kernel_init = nnx.initializers.xavier_uniform()
 
 
@@ -128,9 +125,8 @@ def _gru_forward(
         return new + update * (state - new), (state, reset, update, new, state_new)
 
     start = jnp.zeros((x.shape[1], state_kernel.shape[0]), wide)
-    last, saved = jax.lax.scan(step, start, (inputs, goes_on), unroll=STEPS_AT_ONCE)
+    _, saved = jax.lax.scan(step, start, (inputs, goes_on))
     before, _, update, new, _ = saved
-    del last
     states = new + update * (before - new)
     return states, (x, goes_on, in_kernel, state_kernel, saved)
 
@@ -152,9 +148,7 @@ def _gru_backward(
         return (gradient * update + to_state) * goes_on, (to_product, to_new)
 
     start = jnp.zeros(gradient.shape[1:], wide)
-    _, (to_product, to_new) = jax.lax.scan(
-        step, start, (gradient.astype(wide), goes_on, saved), reverse=True, unroll=STEPS_AT_ONCE
-    )
+    _, (to_product, to_new) = jax.lax.scan(step, start, (gradient.astype(wide), goes_on, saved), reverse=True)
     features = state_kernel.shape[0]
     to_inputs = jnp.concatenate([to_product[..., : 2 * features], to_new], axis=-1)
 

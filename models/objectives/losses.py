@@ -14,7 +14,7 @@ import numpy as np
 
 from models.architectures.base import Queries
 from models.config import LossConfig
-from models.data import UnseenItems
+from models.feeds import NegativeSampler
 
 # Scores, or entries of gathered rows, that may exist at once: 64 MiB in float32.
 NUMBERS_AT_ONCE = 2**24
@@ -36,7 +36,7 @@ class Loss:
       against_unseen: whether ``queries`` must hold candidates: the target, and one item that the user has not seen.
     """
 
-    function: Callable[[Queries, Items, UnseenItems, jax.Array], jax.Array]
+    function: Callable[[Queries, Items, NegativeSampler, jax.Array], jax.Array]
     against_unseen: bool = False
 
 
@@ -66,7 +66,7 @@ def make_loss(config: LossConfig) -> Loss:
 
 
 def binary_cross_entropy(
-    queries: Queries, items: Items | None = None, sampler: UnseenItems | None = None, key: jax.Array | None = None
+    queries: Queries, items: Items | None = None, sampler: NegativeSampler | None = None, key: jax.Array | None = None
 ) -> jax.Array:
     r"""Binary cross-entropy of the target against one random unseen item (SASRec's loss).
 
@@ -95,7 +95,7 @@ def binary_cross_entropy(
 
 
 def bpr(
-    queries: Queries, items: Items | None = None, sampler: UnseenItems | None = None, key: jax.Array | None = None
+    queries: Queries, items: Items | None = None, sampler: NegativeSampler | None = None, key: jax.Array | None = None
 ) -> jax.Array:
     r"""Bayesian personalised ranking: the target shall beat one random unseen item.
 
@@ -103,8 +103,8 @@ def bpr(
 
       \frac{1}{|T|} \sum_{t \in T} -\log \sigma(s_t^+ - s_t^-)
 
-    over the queries :math:`T` that have a target; :math:`\log 2` for a model that knows nothing. The negatives are those
-    of :func:`binary_cross_entropy`, and so is the memory: items that the user has interacted with are never drawn.
+    over the queries :math:`T` that have a target; :math:`\log 2` for a model that knows nothing. Negatives and
+    memory are those of :func:`binary_cross_entropy`: items that the user has interacted with are never drawn.
 
     Args:
       queries: with two candidates: the target, and an item that the user has not seen.
@@ -127,7 +127,7 @@ def bpr(
 def cross_entropy(
     queries: Queries,
     items: Items,
-    sampler: UnseenItems,
+    sampler: NegativeSampler,
     key: jax.Array | None = None,
     *,
     scores_at_once: int = NUMBERS_AT_ONCE,
@@ -170,7 +170,7 @@ def cross_entropy(
 def sampled_softmax(
     queries: Queries,
     items: Items,
-    sampler: UnseenItems,
+    sampler: NegativeSampler,
     key: jax.Array,
     *,
     num_negatives: int,
@@ -226,7 +226,7 @@ def sampled_softmax(
 def gbce(
     queries: Queries,
     items: Items,
-    sampler: UnseenItems,
+    sampler: NegativeSampler,
     key: jax.Array,
     *,
     num_negatives: int,
@@ -286,7 +286,7 @@ def gbce(
 def _against_sample(
     queries: Queries,
     items: Items,
-    sampler: UnseenItems,
+    sampler: NegativeSampler,
     key: jax.Array,
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     num_negatives: int,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from models.architectures.base import Queries, Recommender
-from models.data import UnseenItems
+from models.feeds import NegativeSampler
 from models.objectives.losses import Loss
 
 
@@ -16,7 +16,7 @@ def training_loss(
     loss: Loss,
     batch: Any,
     context: Mapping[str, Any],
-    sampler: UnseenItems,
+    sampler: NegativeSampler,
     key: jax.Array,
     *,
     max_num_targets: int | None = None,
@@ -63,7 +63,7 @@ def encode_queries(
     represented: Any,
     key: jax.Array | None,
     *,
-    sampler: UnseenItems | None = None,
+    sampler: NegativeSampler | None = None,
     negative_key: jax.Array | None = None,
     max_num_targets: int | None = None,
 ) -> Queries:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.config import Model, Optimizer
+from models.config import Optimizer
 
 if TYPE_CHECKING:
     from models.reproduce.tables import Table
@@ -22,7 +22,7 @@ class Reproduce:
     """Folder of beauty.txt, toys.txt, tools.txt and ml-1m.txt (left out: public builds of them, fetched once)."""
     datasets: tuple[str, ...] = ()
     """Only these: beauty, toys, tools, ml-1m (left out: all)."""
-    models: tuple[Model, ...] = ()
+    models: tuple[str, ...] = ()
     """Only these (left out: all)."""
     arms: tuple[Optimizer, ...] = ()
     """Only these optimizers (left out: all)."""
@@ -35,6 +35,8 @@ class Reproduce:
     2 GiB of memory for each; on an accelerator one)."""
     report: bool = False
     """Write tables and pictures from the cells that are there, and train nothing."""
+    quiet: bool = False
+    """Show no progress of the runs, only which are trained and what came out."""
     results_dir: Path = Path("results")
     """Folder for the cells, README.md and the pictures."""
     work_dir: Path = Path("runs/reproduce")

@@ -1,14 +1,19 @@
 """A cell: one training run of a table, kept as a small JSON file."""
 
 import dataclasses
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from models.reproduce.tables import METRICS, Family
 from models.config import TrainConfig
-from models.training.files import curve, write_text
+from models.files import check_format, read_json, write_text
+from models.reproduce.tables import METRICS, Family
+from models.training.files import curve
+
+# Of a cell's JSON. Cells that say nothing are of the first format.
+FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Cell:
       device: what it ran on.
       versions: of the packages it ran with.
       history: of each epoch, its number, its mean training loss and, where evaluated, metrics of the validation items.
+      format: of the file. A later one may have more fields; those of an earlier one have values that mean the same.
     """
 
     experiment: str
@@ -52,6 +58,7 @@ class Cell:
     device: str
     versions: dict[str, str]
     history: list[dict[str, Any]]
+    format: int = FORMAT
 
     @classmethod
     def from_result(
@@ -63,7 +70,6 @@ class Cell:
         history: Sequence[Mapping[str, Any]],
         *,
         versions: dict[str, str],
-        seeds_together: int = 1,
     ) -> Self:
         """A cell from what a training run leaves.
 
@@ -74,8 +80,8 @@ class Cell:
           result: the fields of its ``Result``.
           history: the records of its ``history.jsonl``.
           versions: of the packages it ran with.
-          seeds_together: how many seeds the program trained.
         """
+        seeds_together = result.get("seeds_together", 1)
         records = []
         for record in history:
             kept = {"epoch": record["epoch"], "loss": round(record["loss"], 5)}
@@ -108,17 +114,23 @@ class Cell:
         """Reads a cell.
 
         Raises:
-          ValueError: if the file holds none.
+          ValueError: if the file holds none, or one of a later version of this program.
         """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise ValueError(f"{path} holds no cell; delete it, and it will be trained again") from None
+            values = read_json(path)
+            later = check_format(values, FORMAT)
+            if not later:
+                return cls(**values)
+        except (ValueError, TypeError) as error:
+            reason = str(error).removeprefix("Cell.__init__() ")
+            raise ValueError(f"{path} holds no cell; delete it, and it will be trained again ({reason})") from None
+        raise ValueError(f"{path} {later}, or give another --results-dir")
 
     def write(self, path: Path) -> None:
         """Writes the cell as JSON, one line a field and an epoch."""
         path.parent.mkdir(parents=True, exist_ok=True)
         values = dataclasses.asdict(self)
+        values = {"format": values.pop("format")} | values
         history = ",\n".join(f"    {json.dumps(record)}" for record in values.pop("history"))
         fields = "".join(f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in values.items())
         write_text(path, f'{{\n{fields}  "history": [\n{history}\n  ]\n}}\n')
@@ -139,13 +151,13 @@ class Cell:
         Returns:
           None: it is. An empty text: nothing but epochs, which may be trained still. Else: which setting differs.
         """
-        wanted, defaults = portable(config), portable(TrainConfig())
-        for name in sorted(set(wanted) | set(self.config)):
-            found = self.config.get(name, defaults.get(name))  # a field that is newer than the cell
+        # What is newer than the cell had its default. What the cell has and this version has not does nothing any more.
+        found, wanted = defaults_of(config) | {"optimizer": self.arm} | self.config, portable(config)
+        for name in sorted(wanted):
             if name == "epochs" and config.schedule == "constant":
                 continue
-            if found != wanted.get(name):
-                return f"{name}={found}, not {wanted.get(name)}"
+            if found.get(name) != wanted[name]:
+                return f"{name}={found.get(name)}, not {wanted[name]}"
         return "" if self.config["epochs"] < config.epochs else None
 
 
@@ -157,6 +169,11 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
+def defaults_of(config: TrainConfig) -> dict[str, Any]:
+    """What the same model is trained with where nothing is said, see :func:`portable`."""
+    return portable(type(config)())
+
+
 def cell_path(results_dir: Path, experiment: str, family: Family, seed: int) -> Path:
     """Where a cell is kept."""
     return results_dir / experiment / f"{family.name}-seed{seed}.json"
@@ -164,7 +181,7 @@ def cell_path(results_dir: Path, experiment: str, family: Family, seed: int) -> 
 
 def read_family(results_dir: Path, experiment: str, family: Family) -> list[Cell]:
     """The cells of a family that are there, by seed."""
-    pattern = f"{family.name}-seed*.json"
+    pattern = f"{glob.escape(family.name)}-seed*.json"
     return sorted(map(Cell.read, (results_dir / experiment).glob(pattern)), key=lambda cell: cell.seed)
 
 

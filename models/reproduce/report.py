@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from tabulate import tabulate
+
 from models import plots
+from models.config import SELECTION
+from models.files import write_text
 from models.reproduce.cells import Cell, read_family
 from models.reproduce.tables import METRICS, Family, Published, Row, Table
 from models.training.compare import Gain, gain
-from models.config import SELECTION
-from models.training.files import write_text
 
 NONE = "–"
 MILESTONES = (10, 20, 40, 60, 100, 150, 200, 300, 400, 500)
@@ -338,5 +340,5 @@ def _distinct(values: Sequence[str]) -> list[str]:
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int) -> str:
     """A table whose first ``left`` columns are text and whose others are figures."""
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+    sides = ["left"] * left + ["right"] * (len(header) - left)
+    return tabulate(lines, header, tablefmt="pipe", disable_numparse=True, colalign=sides)

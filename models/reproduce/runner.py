@@ -2,19 +2,22 @@
 
 import contextlib
 import dataclasses
-import fcntl
+import glob
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from models.reproduce.cells import Cell, cell_path, portable
+from models.config import Optimizer, TrainConfig
+from models.files import claim, read_json
+from models.memory import out_of_memory_told
+from models.reproduce.cells import Cell, cell_path, defaults_of, portable
 from models.reproduce.tables import Family, Table
-from models.config import TrainConfig
 from models.training.files import read_history
 
 if TYPE_CHECKING:
@@ -112,7 +115,8 @@ def plan(
                     continue
                 path = cell_path(results_dir, table.name, family, seed)
                 config = family.config(**fields, seed=seed)
-                job = Job(table.name, family, config, path, work_dir / table.name / f"{path.stem}-{_digest(config)}")
+                folder = find_folder(work_dir / table.name, path.stem, family.arm, config)
+                job = Job(table.name, family, config, path, folder)
                 if job.done:
                     done += 1
                     continue
@@ -129,8 +133,10 @@ def plan(
 def train(jobs: Sequence[Job]) -> None:
     """Trains what no other process trains, cell by cell; on an accelerator the seeds of a family together.
 
+    A run that diverges or cannot go on is reported and left out, and keeps no other from being trained.
+
     Raises:
-      ValueError: when all is done, if the loss of a run was not finite.
+      ValueError: when all is done, if there was such a run.
     """
     from models.training import loop
     from models.training.compare import seeds_at_once
@@ -142,7 +148,7 @@ def train(jobs: Sequence[Job]) -> None:
             families.setdefault(job.family.name, []).append(job)
         groups = list(families.values())
     data = _Data()
-    diverged = []
+    failed = []
     for group in groups:
         with contextlib.ExitStack() as stack:
             claimed = [job for job in group if stack.enter_context(_claim(job.folder))]
@@ -155,14 +161,15 @@ def train(jobs: Sequence[Job]) -> None:
             print(f"{claimed[0].experiment}: {family.name}, seed {', '.join(map(str, seeds))}", flush=True)
             try:
                 results = loop.train_seeds(prepared, config, family.arm, seeds, folders, resume=True)
-            except loop.DivergedError as error:
-                diverged.append(family.name)
+            except ValueError as error:  # of this run alone: it diverged, or its files do not fit or are damaged
+                failed.append(family.name)
                 print(f"{family.name}: {error}", file=sys.stderr, flush=True)
-            else:
-                for job, result in zip(claimed, results, strict=True):
-                    _write_cell(job, result, seeds_together=len(claimed))
-    if diverged:
-        raise ValueError(f"the loss was not finite in {', '.join(diverged)}; the other cells are there")
+                results = error.results if isinstance(error, loop.DivergedError) else [None] * len(claimed)
+            for job, result in zip(claimed, results, strict=True):
+                if result is not None:
+                    _write_cell(job, result)
+    if failed:
+        raise ValueError(f"{', '.join(failed)} failed, see above; the other cells are there")
 
 
 class _Data:
@@ -173,19 +180,20 @@ class _Data:
         self._prepared: Prepared | None = None
 
     def prepared(self, config: TrainConfig) -> "Prepared":
+        from models.data import load_interactions
         from models.training.prepare import prepare
 
         # Whatever else differs may make a difference.
-        key = dataclasses.replace(config, seed=0, beta=0.0, num_layers=1)
+        key = dataclasses.replace(config, seed=0, beta=0.0, num_layers=1, optimizer="adamw")
         if key != self._key:
             self._key = self._prepared = None  # two data sets at once may be too many
-            interactions = config.load_interactions()
+            interactions = load_interactions(config)
             print(f"{config.data}: {interactions}", flush=True)
             self._key, self._prepared = key, prepare(interactions, config)
         return self._prepared
 
 
-def _write_cell(job: Job, result: "Result", *, seeds_together: int) -> None:
+def _write_cell(job: Job, result: "Result") -> None:
     import flax
     import jax
     import optax
@@ -199,7 +207,6 @@ def _write_cell(job: Job, result: "Result", *, seeds_together: int) -> None:
         dataclasses.asdict(result) | {"device": _device(result.device)},
         read_history(job.folder / "history.jsonl"),
         versions={package.__name__: package.__version__ for package in (jax, flax, optax, sevo_optax)},
-        seeds_together=seeds_together,
     )
     cell.write(job.path)
     print(f"{job.path}: NDCG@10 {cell.test['NDCG@10']:.4f} at epoch {cell.best_epoch}", flush=True)
@@ -246,7 +253,8 @@ def _worker(jobs: Sequence[Job], index: int, workers: int) -> None:
         os.sched_setaffinity(0, cores[index::workers] or cores)
     os.environ["TQDM_POSITION"] = str(index)
     try:
-        train(jobs)
+        with out_of_memory_told():
+            train(jobs)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -258,20 +266,66 @@ def _worker(jobs: Sequence[Job], index: int, workers: int) -> None:
 def _claim(folder: Path) -> Iterator[bool]:
     """Whether this process may train a run. The claim ends with it, however it ends: the system keeps it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    with claim(folder.with_name(folder.name + ".lock")) as mine:
+        yield mine
 
 
-def _digest(config: TrainConfig) -> str:
-    """Tells runs apart that must not continue each other."""
+def find_folder(parent: Path, name: str, arm: Optimizer, config: TrainConfig) -> Path:
+    """Where a cell's run is kept.
+
+    An unfinished run is found by what its ``run.json`` says, whatever its folder is called behind the cell's name: what
+    an earlier version of this program has begun is gone on with. Of several, the one that was trained longest.
+
+    Args:
+      parent: the folder of the table's runs.
+      name: the cell's.
+      arm: the optimizer.
+      config: the run's configuration.
+
+    Returns:
+      The folder of that run or, if there is none, one that no other run has.
+    """
+    usual = parent / f"{name}-{_digest(config)}"
+    candidates = [usual, *sorted(parent.glob(f"{glob.escape(name)}-*"))]
+    found = [folder for folder in candidates if _is_run_of(folder, arm, config)]
+    if found:
+        return max(found, key=_epochs_trained)
+    others = (usual.with_name(f"{usual.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([usual], others) if not (folder / "run.json").exists())
+
+
+def _is_run_of(folder: Path, arm: Optimizer, config: TrainConfig) -> bool:
+    """Whether a folder holds a run that may go on as this one."""
+    try:
+        values = read_json(folder / "run.json")
+        # What is newer than the run had its default. What the run has and this version has not does nothing any more.
+        found = defaults_of(config) | {"optimizer": values.get("optimizer")} | values["config"]
+        found["data"] = found["data"] and Path(found["data"]).name
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # no run, or one that nobody can go on with
+    wanted = _of_a_run(config) | {"optimizer": arm}
+    return all(found.get(name) == value for name, value in wanted.items())
+
+
+def _epochs_trained(folder: Path) -> int:
+    try:
+        return (folder / "history.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def _of_a_run(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a run cannot change on the way, see :func:`portable`."""
     values = portable(config)
     if config.schedule == "constant":
         del values["epochs"]
+    return values
+
+
+def _digest(config: TrainConfig) -> str:
+    """Tells runs apart that must not continue each other. An option that has its default does not count."""
+    defaults = defaults_of(config)
+    values = {name: value for name, value in _of_a_run(config).items() if value != defaults.get(name)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -10,15 +10,86 @@ import statistics
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, NotRequired
 
-from models.presets import checked_fields, find, load_preset, read_yaml
-from models.config import Optimizer, TrainConfig
+from pydantic import Field, with_config
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+
+from models.architectures.registry import config_from_dict
+from models.config import SELECTION, Optimizer, TrainConfig
+from models.presets import checked_fields, find, load_preset
+from models.validation import STRICT, check, read_yaml
 
 FOLDER = Path(__file__).parent / "tables"
 METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10")
 # What plain AdamW does not depend on.
-SMOOTHING = ("beta", "num_layers", "graph_max_length", "max_hops")
+SMOOTHING = (
+    "beta",
+    "num_layers",
+    "smoothing",
+    "rescale",
+    "moment_correction",
+    "graph",
+    "graph_weights",
+    "graph_max_length",
+    "graph_keep",
+    "graph_weighting",
+    "max_hops",
+)
+
+
+# Fields that no row may set.
+DECIDED = {"seed": "every row is trained with seeds 0, 1, …", "data": "the dataset says where they are"}
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+@with_config(STRICT)
+class PublishedFile(TypedDict):
+    """Published figures, as a file gives them; ``runs`` are single NDCG@10 instead of their number and deviation."""
+
+    label: NotRequired[str]
+    arm: NotRequired[Optimizer]
+    metrics: dict[Literal[METRICS], float]
+    runs: NotRequired[Annotated[list[float], Field(min_length=2)]]
+    num_runs: NotRequired[AtLeastOne]
+    deviation: NotRequired[Annotated[float, Field(ge=0)]]
+    losses: NotRequired[dict[AtLeastOne, tuple[float, float, float]]]
+
+
+@with_config(STRICT)
+class RowFile(TypedDict):
+    """A row, as a file gives it."""
+
+    title: str
+    dataset: str
+    preset: str
+    name: NotRequired[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]]
+    arms: NotRequired[Annotated[list[Optimizer], Field(min_length=1)]]
+    presets: NotRequired[dict[Optimizer, str]]
+    settings: NotRequired[dict[str, Any]]
+    vary: NotRequired[dict[str, Annotated[list[Any], Field(min_length=1)]]]
+    published: NotRequired[list[PublishedFile]]
+
+
+@with_config(STRICT)
+class DatasetFile(TypedDict):
+    """A dataset, as a file gives it."""
+
+    file: str
+    public: dict[str, Any]
+
+
+@with_config(STRICT)
+class TableFile(TypedDict):
+    """A table, as a file gives it."""
+
+    title: str
+    description: str
+    label: str
+    datasets: Annotated[dict[str, DatasetFile], Field(min_length=1)]
+    arms: Annotated[list[Optimizer], Field(min_length=1)]
+    rows: Annotated[list[RowFile], Field(min_length=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +145,9 @@ class Family:
         return Family(self.row, "adamw", settings)
 
     def config(self, **fields: Any) -> TrainConfig:
-        """The resolved configuration, with some more fields."""
-        return TrainConfig.from_dict(self.row.fields | self.settings | fields).resolved()
+        """The checked configuration, with some more fields."""
+        own = self.row.own_fields.get(self.arm, self.row.fields)
+        return config_from_dict(own | self.settings | fields | {"optimizer": self.arm})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,27 +157,33 @@ class Row:
     Attributes:
       title: for readers.
       dataset: name among the table's datasets.
-      fields: fields of ``TrainConfig``.
+      fields: fields of the model's configuration.
+      own_fields: by arm, the fields of arms that have settings of their own.
       arms: the optimizers.
       vary: values to try, by field.
       published: what to compare with.
+      given_name: what the table calls it; None: see :attr:`name`.
     """
 
     title: str
     dataset: str
     fields: dict[str, Any]
+    own_fields: dict[Optimizer, dict[str, Any]]
     arms: tuple[Optimizer, ...]
     vary: dict[str, list[Any]]
     published: tuple[Published, ...]
+    given_name: str | None = None
 
     @property
     def config(self) -> TrainConfig:
-        """The resolved configuration, apart from the data."""
-        return TrainConfig.from_dict(self.fields).resolved()
+        """The checked configuration, apart from the data and the arm."""
+        return config_from_dict(self.fields | {"optimizer": self.arms[0]})
 
     @property
     def name(self) -> str:
-        """Of files: dataset, model and loss."""
+        """Of files: dataset, model and loss, or what the table calls it."""
+        if self.given_name is not None:
+            return self.given_name
         return f"{self.dataset}-{self.config.model}-{self.config.loss}"
 
     @property
@@ -179,49 +257,63 @@ def load_table(name_or_path: str | PathLike[str]) -> Table:
     """
     name = str(name_or_path)
     path = find(f"table-{name}" if name.isdecimal() else name_or_path, FOLDER, kind="table")
-    values = _take(
-        read_yaml(path), str(path), title=str, description=str, label=str, datasets=dict, arms=list, rows=list
-    )
-    datasets = {}
-    for dataset, source in values["datasets"].items():
-        where = f"{path}: datasets: {dataset}"
-        source = _take(source, where, file=str, public=dict)
-        datasets[dataset] = Dataset(source["file"], checked_fields(source["public"], where=where))
-    arms = _arms(values["arms"], f"{path}: arms")
+    values = check(read_yaml(path), TableFile, where=str(path))
+    datasets = {
+        name: Dataset(source["file"], checked_fields(source["public"], where=f"{path}: datasets: {name}: public"))
+        for name, source in values["datasets"].items()
+    }
+    arms = tuple(values["arms"])
     rows = []
     for i, row in enumerate(values["rows"], start=1):
-        rows.append(_row(row, f"{path}: row {i}", path.parent, datasets, arms, values["label"]))
+        rows.append(_row(row, f"{path}: rows {i}", path.parent, datasets, arms, values["label"]))
     names = [row.name for row in rows]
     for row in rows:
         if names.count(row.name) > 1:
-            raise ValueError(f"{path}: two rows are called {row.name}; a dataset, model and loss may stand there once")
+            raise ValueError(
+                f"{path}: two rows are called {row.name}; a dataset, model and loss may stand there once, unless the "
+                "rows have names"
+            )
     return Table(path.stem, values["title"], values["description"].strip(), datasets, tuple(rows))
 
 
 def _row(
-    values: Any, where: str, folder: Path, datasets: Mapping[str, Any], arms: tuple[Optimizer, ...], label: str
+    values: RowFile, where: str, folder: Path, datasets: Mapping[str, Any], arms: tuple[Optimizer, ...], label: str
 ) -> Row:
-    optional = {"settings": {}, "vary": {}, "published": []}
-    kinds = {"title": str, "dataset": str, "preset": str, "settings": dict, "vary": dict, "published": list}
-    values = _take(values, where, optional, **kinds)
     if values["dataset"] not in datasets:
         raise ValueError(f"{where}: dataset must be one of {', '.join(datasets)}, got {values['dataset']!r}")
-    vary = {}
-    for name, tried in values["vary"].items():
-        if not isinstance(tried, list) or not tried:
-            raise ValueError(f"{where}: vary: {name} must be a list of values, got {tried!r}")
-        vary[name] = [checked_fields({name: value}, where=f"{where}: vary")[name] for value in tried]
-    preset = values["preset"]
-    if preset.endswith((".yaml", ".yml")):
-        preset = folder / preset
+    arms = tuple(values.get("arms", arms))
+
+    def fields_of(preset: str) -> dict[str, Any]:
+        found = load_preset(folder / preset if preset.endswith((".yaml", ".yml")) else preset)
+        found.pop("optimizer", None)  # the arms say which
+        return found
+
+    fields = fields_of(values["preset"])
+    model = fields["model"]
+    settings = _settings(values.get("settings", {}), f"{where}: settings", model)
+    vary = {
+        name: [_settings({name: value}, f"{where}: vary", model)[name] for value in tried]
+        for name, tried in values.get("vary", {}).items()
+    }
+    own = {arm: fields_of(preset) | settings for arm, preset in values.get("presets", {}).items()}
+    for arm in own:
+        if arm not in arms:
+            raise ValueError(f"{where}: presets: {arm} must be among the arms {', '.join(arms)}")
     row = Row(
         title=values["title"],
         dataset=values["dataset"],
-        fields=load_preset(preset) | checked_fields(values["settings"], where=where),
+        fields=fields | settings,
+        own_fields=own,
         arms=arms,
         vary=vary,
-        published=tuple(_published(x, f"{where}: published", label) for x in values["published"]),
+        published=tuple(
+            _published(x, f"{where}: published {i}", label) for i, x in enumerate(values.get("published", []), start=1)
+        ),
+        given_name=values.get("name"),
     )
+    for arm in arms:
+        if [x.arm for x in row.published].count(arm) > 1:
+            raise ValueError(f"{where}: published: arm {arm} stands there twice; it may once")
     for family in row.families:
         try:
             family.config()
@@ -230,50 +322,23 @@ def _row(
     return row
 
 
-def _published(values: Any, where: str, label: str) -> Published:
-    optional = {"label": label, "arm": None, "runs": [], "deviation": None, "num_runs": None, "losses": {}}
-    kinds = {
-        "label": str,
-        "arm": str,
-        "metrics": dict,
-        "runs": list,
-        "deviation": float,
-        "num_runs": int,
-        "losses": dict,
-    }
-    values = _take(values, where, optional, **kinds)
-    if values["arm"] is not None:
-        _arms([values["arm"]], f"{where}: arm")
-    runs = values.pop("runs")
-    if runs:
+def _settings(values: Mapping[str, Any], where: str, model: str) -> dict[str, Any]:
+    """Fields of a run, but for those that the command decides on."""
+    for name in DECIDED:
+        if name in values:
+            raise ValueError(f"{where}: {name} must not stand there; {DECIDED[name]}")
+    return checked_fields(values, where=where, model=model)
+
+
+def _published(values: PublishedFile, where: str, label: str) -> Published:
+    runs = values.pop("runs", None)
+    if runs is not None:
+        for name in ("num_runs", "deviation"):
+            if name in values:
+                raise ValueError(f"{where}: runs and {name} exclude each other; {name} follows from the runs")
         values |= {"num_runs": len(runs), "deviation": statistics.stdev(runs)}
-    values["losses"] = {epoch: tuple(losses) for epoch, losses in values["losses"].items()}
-    return Published(**values)
-
-
-def _arms(arms: list[Any], where: str) -> tuple[Optimizer, ...]:
-    for arm in arms:
-        if arm not in get_args(Optimizer):
-            raise ValueError(f"{where} must be among {', '.join(get_args(Optimizer))}, got {arm!r}")
-    return tuple(arms)
-
-
-def _take(values: Any, where: str, optional: Mapping[str, Any] | None = None, **kinds: type) -> dict[str, Any]:
-    """The entries of a mapping, all there and of their kinds, and no others."""
-    optional = optional or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must hold {', '.join(kinds)}, got {values!r}")
-    for name in values:
-        if name not in kinds:
-            raise ValueError(f"{where}: unknown entry {name!r}; it may hold {', '.join(kinds)}")
-    taken = {}
-    for name, kind in kinds.items():
-        if name not in values:
-            if name not in optional:
-                raise ValueError(f"{where}: {name} is missing")
-            taken[name] = optional[name]
-        elif not isinstance(values[name], kind):
-            raise ValueError(f"{where}: {name} must be a {kind.__name__}, got {values[name]!r}")
-        else:
-            taken[name] = values[name]
-    return taken
+    if "deviation" in values and "num_runs" not in values:
+        raise ValueError(f"{where}: num_runs is missing; a deviation means nothing without it")
+    if "arm" in values and SELECTION not in values["metrics"]:
+        raise ValueError(f"{where}: metrics: {SELECTION} is missing; an arm is compared by it")
+    return Published(**{"label": label} | values)

@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from models.inference import next_scores
+from models.data import ids_to_arrays, ids_usage
+from models.evaluation.queries import history_scores, user_scores
 from models.training.checkpoints import LoadedRun
 from models.training.files import write_bytes
 
@@ -17,25 +18,34 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_scores(run: LoadedRun) -> jax.export.Exported:
-    """Exports a model as ``scores(histories)``.
+    """Exports a model as ``scores(histories)`` or, where it has a table of users, as ``scores(users)``.
 
     ``histories`` has shape (batch, max_length), int32, for any batch: the newest item numbers of each history, oldest
-    first, filled up with 0 at either end. The scores have shape (batch, num_items + 1), float32: column ``i`` is for
-    item number ``i``, and column 0, which is no item, holds minus infinity. What was seen is scored like anything else.
+    first, filled up with 0 at either end. ``users`` has shape (batch,), int32: numbers of users. The scores have shape
+    (batch, num_items + 1), float32: column ``i`` is for item number ``i``, and column 0, which is no item, holds minus
+    infinity. What was seen is scored like anything else.
 
     Args:
       run: the trained model.
     """
-    max_length, num_items = run.info.config.max_length, run.info.num_items
+    num_items, config = run.info.num_items, run.info.config
+    # Computed once, and a constant of the export.
+    represented = jax.jit(run.model.represent)(run.context) if run.context else run.model.represent(run.context)
 
-    def scores(histories: jax.Array) -> jax.Array:
+    def of_histories(histories: jax.Array) -> jax.Array:
         empty_first = jax.numpy.argsort(histories > 0, axis=1, stable=True)
         histories = jax.numpy.take_along_axis(histories, empty_first, axis=1)
-        return next_scores(run.model, histories, num_items=num_items, max_length=max_length)
+        return history_scores(run.model, represented, histories, num_items=num_items, max_length=config.max_length)
+
+    def of_users(users: jax.Array) -> jax.Array:
+        return user_scores(run.model, represented, users, num_items=num_items)
 
     (batch,) = jax.export.symbolic_shape("batch")
-    histories = jax.ShapeDtypeStruct((batch, max_length), np.int32)
-    return jax.export.export(jax.jit(scores), platforms=PLATFORMS)(histories)
+    if run.model.query == "user":
+        scores, shape = of_users, (batch,)
+    else:
+        scores, shape = of_histories, (batch, config.max_length)
+    return jax.export.export(jax.jit(scores), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, np.int32))
 
 
 def write_export(run: LoadedRun, path: Path) -> Path:
@@ -46,14 +56,16 @@ def write_export(run: LoadedRun, path: Path) -> Path:
       path: the file to write.
 
     Returns:
-      The file of the ids: an ``.npz`` whose ``item_ids[i]`` is the raw id of item number ``i``, from 1 on.
+      The file of the ids: an ``.npz`` whose ``item_ids[i]`` is the raw id of item number ``i``, from 1 on, and, for a
+      model with a table of users, ``user_ids[u]`` that of user number ``u``, from 0 on.
 
     Raises:
       OSError: if a file cannot be written.
     """
     items = path.with_name(f"{path.stem}.items.npz")
     data = export_scores(run).serialize()
-    write_bytes(items, lambda file: np.savez_compressed(file, item_ids=run.item_ids))
+    ids = ids_to_arrays(run.item_ids) | ({} if run.users is None else ids_to_arrays(run.users.ids, "user_ids"))
+    write_bytes(items, lambda file: np.savez_compressed(file, **ids))
     write_bytes(path, lambda file: file.write(data))
     return items
 
@@ -66,13 +78,20 @@ def usage(run: LoadedRun, path: Path, items: Path) -> str:
       path: its export.
       items: the raw ids of its items.
     """
-    history = run.item_ids[1:4].tolist()
-    return f"""\
+    load = f"""\
 import jax, numpy as np
 
 scores = jax.export.deserialize(bytearray(open({str(path)!r}, "rb").read())).call
-item_ids = np.load({str(items)!r})["item_ids"]
-number_of = {{raw: number for number, raw in enumerate(item_ids.tolist()) if number}}
+{ids_usage(run.item_ids, str(items))}
+"""
+    if run.users is not None:
+        return f"""{load}{ids_usage(run.users.ids, str(items), "user_ids")}
+
+batch = np.array([user_ids.tolist().index({run.users.ids[0].item()!r})], np.int32)
+best = np.argsort(-np.asarray(scores(batch))[0])[:10]
+print(item_ids[best])"""
+    history = run.item_ids[1:4].tolist()
+    return f"""{load}number_of = {{raw: number for number, raw in enumerate(item_ids.tolist()) if number}}
 
 history = {history!r}  # raw ids, oldest first
 numbers = [number_of[raw] for raw in history][-{run.info.config.max_length}:]

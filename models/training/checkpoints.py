@@ -4,37 +4,43 @@ A run's folder holds
 
 * ``run.json``: the configuration, the optimizer, and a fingerprint of the data;
 * ``items.npz``: the raw id of every item;
-* ``checkpoints/EPOCH/``: parameters (the newest and the best so far) and optimizer state, without the graph, which
-  ``init`` builds again. The two newest are kept, each written as a whole or not at all.
+* ``checkpoints/EPOCH.npz``: parameters (the newest and the best so far) and optimizer state, without the graph, which
+  ``init`` builds again. The two newest are kept, each written as a whole or not at all. What earlier versions of this
+  program wrote in ``checkpoints/EPOCH/`` is read as well.
 """
 
 import dataclasses
 import hashlib
 import json
 import shutil
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from flax import nnx
 from tqdm import tqdm
 
-from models.data import Interactions
-from models.registry import make_model
-from models.sequence_model import SequenceModel
-from models.config import Optimizer, TrainConfig
-from models.training.files import write_bytes, write_json
+from models.architectures.base import Recommender
+from models.architectures.registry import config_from_dict, make_model, model_class
+from models.config import Optimizer, SplitMethod, TrainConfig
+from models.data import Interactions, ids_from_arrays, ids_to_arrays
+from models.files import PARTIAL, check_format, read_json, write_bytes, write_json
+from models.training import beside
 from sevo_optax import with_graphs, without_graphs
 
-FORMAT = 1
+# Of run.json. Format 1 knew no digest of the items' ids and no identity, and its fingerprint left times out.
+FORMAT = 2
 KEPT = 2
+# In a checkpoint, beside the arrays: everything else, as JSON.
+NOTE = "note"
 Which = Literal["best", "last"]
+
+# Options that every model had in earlier versions, and that did nothing for most.
+ELSEWHERE = ("attend_padding", "mask_probability", "mask_last_probability", "tie_output")
 
 # A run may go on although these differ: they do not change what an epoch does.
 MAY_DIFFER = ("data", "cache_dir", "epochs", "patience", "tensorboard", "per_user")
@@ -44,13 +50,29 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read, written or used."""
 
 
-def fingerprint(interactions: Interactions) -> str:
-    """A digest of the interactions and their items' ids: two data sets with the same one train alike."""
+def fingerprint(interactions: Interactions, split: SplitMethod = "leave-one-out") -> str:
+    """A digest of the interactions and their items' ids: two data sets with the same one train alike.
+
+    Args:
+      interactions: the data.
+      split: how they are split. Where times decide, they count.
+    """
     digest = hashlib.sha256()
     for array in (interactions.items, interactions.offsets):
         digest.update(np.ascontiguousarray(array, "<i8").tobytes())
-    digest.update("\n".join(map(str, interactions.item_ids.tolist())).encode())
+    digest.update(_joined(interactions.item_ids))
+    if split == "global-time" and interactions.times is not None:
+        times = np.ascontiguousarray(interactions.times)
+        digest.update(times.dtype.str.encode() + times.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _joined(item_ids: np.ndarray) -> bytes:
+    return "\n".join(map(str, item_ids.tolist())).encode()
+
+
+def _short_digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,44 +84,75 @@ class RunInfo:
       config: the resolved configuration.
       num_items: size of the catalogue.
       data: :func:`fingerprint` of the interactions.
+      items: a digest of the items' ids: another run's ``items.npz`` has another one. Empty: not known.
+      run: a digest of all that decides what the run's parameters become, noted in its checkpoints. Empty: not known.
+      num_users: users that were trained on; 0: not known, in runs of earlier versions.
+      format: of the file.
     """
 
     optimizer: Optimizer
     config: TrainConfig
     num_items: int
     data: str
+    items: str = ""
+    run: str = ""
+    num_users: int = 0
+    format: int = FORMAT
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, config: TrainConfig, interactions: Interactions, *, num_users: int = 0) -> Self:
+        """Describes a run.
+
+        Args:
+          optimizer: the optimizer's name.
+          config: the resolved configuration.
+          interactions: the data.
+          num_users: how many of their users are trained on.
+        """
+        data = fingerprint(interactions, config.split)
+        # Only what differs from the model's defaults: an option that is new changes no digest.
+        settings = {name: value for name, value in config.differing().items() if name not in MAY_DIFFER}
+        run = _short_digest(json.dumps([optimizer, settings, data], sort_keys=True).encode())
+        items = _short_digest(_joined(interactions.item_ids))
+        return cls(optimizer, config, interactions.num_items, data, items, run, num_users)
 
     def write(self, directory: Path, item_ids: np.ndarray) -> None:
         """Writes ``run.json`` and ``items.npz``."""
         directory.mkdir(parents=True, exist_ok=True)
-        ids = item_ids if item_ids.dtype.kind in "iuf" else item_ids.astype(str)
-        write_bytes(directory / "items.npz", lambda file: np.savez_compressed(file, item_ids=ids))
-        values = dataclasses.asdict(self) | {"config": self.config.to_dict()}
-        write_json(directory / "run.json", {"format": FORMAT} | values)
+        values = {"format": self.format} | dataclasses.asdict(self) | {"config": self.config.to_dict()}
+        write_json(directory / "run.json", values)
+        write_bytes(directory / "items.npz", lambda file: np.savez_compressed(file, **ids_to_arrays(item_ids)))
 
     @classmethod
     def read(cls, directory: Path) -> Self:
         """Reads ``run.json``.
 
         Raises:
-          CheckpointError: if there is none, or it was not written by this version.
+          CheckpointError: if there is none, or it was not written by this version or an earlier one.
         """
         file = directory / "run.json"
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            written = values.pop("format")
+            values = read_json(file)
+            if not is_run(values):
+                raise ValueError("it lacks what a run's has")
+            later = check_format(values, FORMAT)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{directory} holds no run.json; give the folder of a training run (compare has one a run)"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{file} was not written by a training run; train again") from None
-        if written != FORMAT:
-            raise CheckpointError(f"{file} has format {written}, but this version reads {FORMAT}; train again")
+        except ValueError as error:
+            raise CheckpointError(f"{file} was not written by a training run ({error}); train again") from None
+        if later:
+            raise CheckpointError(f"{file} {later}, or train again")
         try:
-            return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
-        except (TypeError, ValueError, KeyError) as error:
+            info = cls(**values | {"config": _read_config(values)})
+            if type(info.num_items) is not int or info.num_items < 1:
+                raise ValueError(f"num_items must be a number of at least 1, got {info.num_items!r}")
+        except KeyError as error:
+            raise CheckpointError(f"{file} does not fit this version (unknown {error}); train again") from None
+        except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{file} does not fit this version ({error}); train again") from None
+        return info
 
     def check_same(self, other: "RunInfo", directory: Path) -> None:
         """Raises a :class:`CheckpointError` unless ``other``, found in ``directory``, is the same run."""
@@ -108,6 +161,8 @@ class RunInfo:
         may_differ = set(MAY_DIFFER)
         if self.config.schedule != "constant":
             may_differ.remove("epochs")  # the schedule's end
+        if other.config.model != self.config.model:
+            raise CheckpointError(f"{directory} was trained with model={other.config.model}, not {self.config.model}")
         for field in dataclasses.fields(self.config):
             ours, theirs = getattr(self.config, field.name), getattr(other.config, field.name)
             if field.name not in may_differ and ours != theirs:
@@ -119,6 +174,70 @@ class RunInfo:
             raise CheckpointError(
                 f"{directory} was trained on other data; resume with the same, or train anew elsewhere"
             )
+
+    def continuing(self, found: "RunInfo", interactions: Interactions, directory: Path) -> "RunInfo":
+        """This run as one that goes on from another, which must be the same.
+
+        Args:
+          found: the other, found in ``directory``.
+          interactions: this run's data.
+          directory: the folder.
+
+        Returns:
+          This run with the identity that the other's checkpoints carry.
+
+        Raises:
+          CheckpointError: if it is not the same.
+        """
+        # Format 1 left times out of the fingerprint.
+        comparable = self if found.format > 1 else dataclasses.replace(self, data=fingerprint(interactions))
+        comparable.check_same(found, directory)
+        return dataclasses.replace(self, run=found.run or self.run)
+
+    def trained_on(self, interactions: Interactions) -> bool:
+        """Whether this is the data of the run, all of it and split as then."""
+        split = self.config.split if self.format > 1 else "leave-one-out"
+        return fingerprint(interactions, split) == self.data
+
+
+def _read_config(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration in a ``run.json``: earlier versions had one for all models, without the optimizer."""
+    config = {"optimizer": values["optimizer"]} | values["config"]
+    known = {field.name for field in dataclasses.fields(model_class(config.get("model", "")).config_class)}
+    return config_from_dict({name: value for name, value in config.items() if name in known or name not in ELSEWHERE})
+
+
+def is_run(values: Mapping[str, Any]) -> bool:
+    """Whether this is what a training run writes into ``run.json``, in this version or another."""
+    return {"format", "config", "num_items", "data"} <= set(values)
+
+
+def read_item_ids(directory: Path, info: RunInfo) -> np.ndarray:
+    """Reads a run's ``items.npz``: shape (num_items + 1,), the raw ids of items 1 … num_items.
+
+    Raises:
+      CheckpointError: if it is damaged, or belongs to another run.
+    """
+    file = directory / "items.npz"
+    try:
+        item_ids = ids_from_arrays(_read_arrays(file))
+    except Exception as error:  # whatever is wrong with a zip file, each part of its reader says it in its own way
+        raise CheckpointError(f"{file} cannot be read ({_reason(error)}); train again") from None
+    foreign = info.items and _short_digest(_joined(item_ids)) != info.items
+    if item_ids.shape != (info.num_items + 1,) or foreign:
+        raise CheckpointError(f"{file} belongs to another run than {directory / 'run.json'}; put its own back")
+    return item_ids
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    # NumPy leaves a file open that it has opened itself and finds damaged.
+    with path.open("rb") as file, np.load(file) as arrays:
+        return dict(arrays)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def flatten(tree: Any, prefix: str) -> dict[str, np.ndarray]:
@@ -150,11 +269,13 @@ def unflatten(leaves: dict[str, np.ndarray], like: Any, prefix: str) -> Any:
     return with_graphs(jax.tree.unflatten(treedef, values), like)
 
 
-def _digest(leaves: dict[str, np.ndarray]) -> str:
+def _digest(leaves: Mapping[str, np.ndarray], progress: Mapping[str, Any] | None = None) -> str:
     digest = hashlib.sha256()
     for name in sorted(leaves):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(leaves[name]).tobytes())
+    if progress is not None:
+        digest.update(json.dumps(progress, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -165,7 +286,7 @@ class Checkpoint:
     Attributes:
       epoch: how many epochs were trained.
       leaves: arrays by name, see :func:`flatten`.
-      progress: what the training loop noted: plain JSON.
+      progress: what the training loop noted: plain JSON. ``run``, if it is there, is the identity of the run.
     """
 
     epoch: int
@@ -178,22 +299,26 @@ class Checkpoints:
 
     Args:
       directory: the run's folder.
+      run: the run's identity, see :class:`RunInfo`; empty: whatever lies there is taken for the run's.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = (directory / "checkpoints").absolute()
-        # What orbax reports of its own doings would tear the progress bar.
-        absl_logging.set_verbosity(absl_logging.ERROR)
+    def __init__(self, directory: Path, run: str = "") -> None:
+        self.directory, self.run = directory / "checkpoints", run
 
-    def _manager(self, *, create: bool = False) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=create, enable_async_checkpointing=False)
-        return ocp.CheckpointManager(self.directory, options=options)
+    def _file(self, epoch: int) -> Path:
+        return self.directory / f"{epoch}.npz"
+
+    def _folder(self, epoch: int) -> Path:
+        """Where earlier versions kept a checkpoint."""
+        return self.directory / str(epoch)
 
     def epochs(self) -> list[int]:
         """The epochs that have a checkpoint, ascending."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        names = {path.stem for path in self.directory.glob("*.npz")}
+        names |= {path.parent.name for path in self.directory.glob("*/state")}
+        return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint, and removes the oldest of more than two.
@@ -201,17 +326,28 @@ class Checkpoints:
         Raises:
           CheckpointError: if it cannot be written; older ones stay.
         """
-        note = {"digest": _digest(checkpoint.leaves), "progress": checkpoint.progress}
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(checkpoint.leaves), note=ocp.args.JsonSave(note))
+        arrays, extended = {}, {}
+        for name, array in checkpoint.leaves.items():
+            if array.dtype.kind == "V":  # bfloat16 and its like, whose names NumPy's files do not keep
+                extended[name] = array.dtype.name
+                array = array.view(f"u{array.dtype.itemsize}")
+            arrays[name] = array
+        progress = checkpoint.progress | ({"run": self.run} if self.run else {})
+        note = {"digest": _digest(checkpoint.leaves, progress), "progress": progress, "dtypes": extended}
         try:
-            with self._manager(create=True) as manager:
-                manager.save(checkpoint.epoch, args=arguments, force=True)
-        except Exception as error:  # orbax and what it writes with raise errors of many kinds
-            older = self.epochs()
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_bytes(
+                self._file(checkpoint.epoch),
+                lambda file: np.savez(file, **{NOTE: np.array(json.dumps(note))}, **arrays),
+            )
+            for epoch in self.epochs()[:-KEPT]:
+                self._remove(epoch)
+        except OSError as error:
+            older = [epoch for epoch in self.epochs() if epoch < checkpoint.epoch]
             kept = f"the one of epoch {older[-1]} is kept" if older else "there is no older one"
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"the checkpoint of epoch {checkpoint.epoch} cannot be written to {self.directory} ({reason}); {kept}"
+                f"the checkpoint of epoch {checkpoint.epoch} cannot be written to {self.directory} "
+                f"({_reason(error)}); {kept}"
             ) from error
 
     def load(self, epoch: int) -> Checkpoint:
@@ -220,25 +356,23 @@ class Checkpoints:
         Raises:
           CheckpointError: if it is damaged.
         """
-        restore = ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
+        path = self._file(epoch) if self._file(epoch).exists() else self._folder(epoch)
         try:
-            with self._manager() as manager:
-                found = manager.restore(epoch, args=restore)
-            leaves = {name: np.asarray(value) for name, value in found.state.items()}
-            intact = found.note["digest"] == _digest(leaves)
-            progress = found.note["progress"]
+            leaves, note = _read_npz(path) if path.suffix else _read_folder(path)
+            progress = note["progress"]
+            # Folders have a digest of the arrays alone.
+            intact = note["digest"] == _digest(leaves, progress if path.suffix else None)
         except Exception as error:  # whatever is wrong with the files, there is nothing to read
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise CheckpointError(f"{self.directory / str(epoch)} cannot be read ({reason})") from error
+            raise CheckpointError(f"{path} cannot be read ({_reason(error)})") from error
         if not intact:
-            raise CheckpointError(f"{self.directory / str(epoch)} is damaged: its contents do not match its digest")
+            raise CheckpointError(f"{path} is damaged: its contents do not match its digest")
         return Checkpoint(epoch, leaves, progress)
 
     def readable(self) -> Iterator[Checkpoint]:
         """The checkpoints that can be read, the newest first; damaged ones are reported.
 
         Raises:
-          CheckpointError: if there are checkpoints, but none can be read.
+          CheckpointError: if there are checkpoints, but none can be read, or one belongs to another run.
         """
         found, failure = False, None
         for epoch in reversed(self.epochs()):
@@ -247,17 +381,52 @@ class Checkpoints:
             except CheckpointError as error:
                 failure = error
                 tqdm.write(f"{error}; it is left out")
-            else:
-                found = True
-                yield checkpoint
+                continue
+            if self.run and checkpoint.progress.get("run", self.run) != self.run:
+                raise CheckpointError(
+                    f"{self._file(epoch)} belongs to another run than {self.directory.parent / 'run.json'}; "
+                    "move it away"
+                )
+            found = True
+            yield checkpoint
         if failure is not None and not found:
             raise CheckpointError(f"{failure}, and there is no other; train again with --overwrite")
 
     def remove_after(self, epoch: int) -> None:
-        """Removes the checkpoints behind an epoch; behind 0: all."""
+        """Removes the checkpoints behind an epoch, behind 0 all, and what a killed process has left unfinished."""
+        for path in self.directory.glob(f"{PARTIAL}*"):
+            path.unlink()
+        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):  # by an earlier version
+            shutil.rmtree(path)
         for number in self.epochs():
             if number > epoch:
-                shutil.rmtree(self.directory / str(number))
+                self._remove(number)
+
+    def _remove(self, epoch: int) -> None:
+        self._file(epoch).unlink(missing_ok=True)
+        if self._folder(epoch).is_dir():
+            shutil.rmtree(self._folder(epoch))
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and note of a checkpoint."""
+    arrays = _read_arrays(path)
+    note = json.loads(arrays.pop(NOTE).item())
+    return {name: x.view(jnp.dtype(note["dtypes"].get(name, x.dtype))) for name, x in arrays.items()}, note
+
+
+def _read_folder(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and note of a checkpoint that an earlier version wrote with Orbax."""
+    import tensorstore  # only for these
+
+    place = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.absolute() / 'state'}/"}}
+    keys = tensorstore.KvStore.open(place).result().list().result()
+    names = [key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")]
+    leaves = {}
+    for name in names:
+        array = tensorstore.open({"driver": "zarr", "kvstore": place | {"path": f"{name}/"}}).result()
+        leaves[name] = np.asarray(array.read().result())
+    return leaves, json.loads((path / "note" / "metadata").read_bytes())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,12 +438,16 @@ class LoadedRun:
       info: the run it comes from.
       item_ids: shape (num_items + 1,), the raw ids of items 1 … num_items.
       epoch: how many epochs it was trained for.
+      context: what the model computes with.
+      users: the users that it knows, if it has a table of users.
     """
 
-    model: SequenceModel
+    model: Recommender
     info: RunInfo
     item_ids: np.ndarray
     epoch: int
+    context: dict[str, Any] = dataclasses.field(default_factory=dict)
+    users: beside.KnownUsers | None = None
 
 
 def load_run(directory: Path, which: Which = "best") -> LoadedRun:
@@ -291,16 +464,26 @@ def load_run(directory: Path, which: Which = "best") -> LoadedRun:
         raise ValueError(f"which must be best or last, got {which!r}")
     directory = Path(directory)
     info = RunInfo.read(directory)
-    try:
-        with np.load(directory / "items.npz") as file:
-            item_ids = file["item_ids"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{directory / 'items.npz'} cannot be read ({error}); train again") from None
-    checkpoint = next(Checkpoints(directory).readable(), None)
+    item_ids = read_item_ids(directory, info)
+    checkpoint = next(Checkpoints(directory, info.run).readable(), None)
     if checkpoint is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet; it appears with the first evaluation")
-    make = partial(make_model, info.config, num_items=info.num_items, max_length=info.config.max_length, seed=0)
-    graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)  # shapes alone: the values are in the checkpoint
-    params = unflatten(checkpoint.leaves, params, which)
+    make = partial(make_model, info.config, num_users=info.num_users, num_items=info.num_items, seed=0)
+    try:
+        graphdef, params = nnx.split(nnx.eval_shape(make))  # shapes alone: the values are in the checkpoint
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{directory / 'run.json'} describes no model ({_reason(error)}); train again") from None
+    try:
+        params = unflatten(checkpoint.leaves, params, which)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the checkpoint of epoch {checkpoint.epoch} in {directory} does not fit: {error}"
+        ) from None
     epoch = checkpoint.epoch if which == "last" else checkpoint.progress["best_epoch"]
-    return LoadedRun(nnx.merge(graphdef, params), info, item_ids, epoch)
+    model = nnx.merge(graphdef, params)
+    try:
+        users = beside.read_users(directory) if model.query == "user" else None
+        context = beside.read_context(directory)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    return LoadedRun(model, info, item_ids, epoch, context, users)

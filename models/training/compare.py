@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tabulate import tabulate
 
 from models.config import OPTIMIZERS, SELECTION, Optimizer, TrainConfig
-from models.training.files import curve, read_history, write_json
-from models.training.loop import train_seeds
+from models.files import write_json
+from models.training.files import curve, read_history
+from models.training.loop import DivergedError, train_seeds
 from models.training.prepare import Prepared
 from models.training.run import Result
 
@@ -82,74 +84,130 @@ def compare(
 
     Returns:
       Results by optimizer, one a seed.
+
+    Raises:
+      DivergedError: when all is done, if a run has diverged. Its ``results`` are those that this function would return,
+        without the runs that diverged, and the files are written from them.
+      CheckpointError: if a folder holds something else than a run of this comparison.
     """
     numbers = list(range(config.seed, config.seed + seeds))
     size = seeds_at_once(seeds)
+    _check_folder(output_dir, [f"{optimizer}-{seed}" for optimizer in optimizers for seed in numbers])
     results: dict[str, list[Result]] = {}
+    failures: dict[str, str] = {}
     for optimizer in optimizers:
         results[optimizer] = []
         for start in range(0, seeds, size):
             group = numbers[start : start + size]
             folders = [output_dir / f"{optimizer}-{seed}" for seed in group]
-            results[optimizer] += train_seeds(
-                prepared, config, optimizer, group, folders, resume=resume, overwrite=overwrite
+            try:
+                results[optimizer] += train_seeds(
+                    prepared, config, optimizer, group, folders, resume=resume, overwrite=overwrite
+                )
+            except DivergedError as error:
+                results[optimizer] += [result for result in error.results if result is not None]
+                failures |= {f"{optimizer}-{seed}": text for seed, text in error.failures.items()}
+    if any(results.values()):
+        _write(results, config, output_dir)
+    if failures:
+        raise ComparisonDivergedError(failures, results)
+    return results
+
+
+class ComparisonDivergedError(ValueError):
+    """Runs of a comparison have diverged.
+
+    Attributes:
+      failures: what happened, by run.
+      results: of the other runs, by optimizer.
+    """
+
+    def __init__(self, failures: dict[str, str], results: dict[str, list[Result]]) -> None:
+        self.failures, self.results = failures, results
+        super().__init__("; ".join(f"{name}: {text}" for name, text in failures.items()))
+
+
+def _check_folder(output_dir: Path, names: Sequence[str]) -> None:
+    """Refuses to write a comparison over files that are none.
+
+    Raises:
+      CheckpointError: if there is such a file, and no run that it could come from.
+    """
+    from models.training.checkpoints import CheckpointError
+
+    if any((output_dir / name / "run.json").exists() for name in names):
+        return
+    for name in ("compare.json", "compare.png"):
+        if (output_dir / name).exists():
+            raise CheckpointError(
+                f"{output_dir} holds {name}, but none of the runs {', '.join(names[:3])} …; give another --output-dir"
             )
-    curves = {
-        optimizer: [curve(read_history(output_dir / f"{optimizer}-{seed}" / "history.jsonl")) for seed in numbers]
-        for optimizer in optimizers
-    }
+
+
+def _write(results: dict[str, list[Result]], config: TrainConfig, output_dir: Path) -> None:
+    """Draws the curves and writes the numbers."""
+    curves = {}
+    for optimizer, runs in results.items():
+        if not runs:
+            continue
+        folders = [output_dir / f"{optimizer}-{run.config['seed']}" for run in runs]
+        curves[optimizer] = [curve(read_history(folder / "history.jsonl")) for folder in folders]
     from models import plots  # matplotlib is slow to import and not needed to train
 
     source = "embedded data" if config.data is None else config.data.stem
     plots.validation_curves(curves, output_dir / "compare.png", title=f"{config.model} on {source}")
     write_json(output_dir / "compare.json", summary(results))
-    return results
 
 
 def summary(results: dict[str, list[Result]]) -> dict[str, Any]:
     """A comparison as plain JSON: the protocol, and by optimizer the runs and each metric's statistics."""
-    base = next(iter(results))
-    report: dict[str, Any] = {"protocol": results[base][0].protocol, "optimizers": {}}
+    base, first = next(iter(results)), next(run for runs in results.values() for run in runs)
+    report: dict[str, Any] = {"protocol": first.protocol, "optimizers": {}}
     for optimizer, runs in results.items():
         metrics = {}
-        for name in runs[0].test:
+        for name in first.test if runs else ():
             values = [run.test[name] for run in runs]
             metrics[name] = {
                 "mean": statistics.fmean(values),
                 "sd": statistics.stdev(values) if len(values) > 1 else None,
             }
             if optimizer != base:
-                metrics[name] |= dataclasses.asdict(gain(values, [run.test[name] for run in results[base]]))
+                metrics[name] |= dataclasses.asdict(_paired_gain(runs, results[base], name))
         report["optimizers"][optimizer] = {"test": metrics, "runs": [dataclasses.asdict(run) for run in runs]}
     return report
+
+
+def _paired_gain(runs: Sequence[Result], base: Sequence[Result], metric: str) -> Gain:
+    """Compares two arms over the seeds that both have: one of them may have diverged with some."""
+    by_seed = {run.config["seed"]: run.test[metric] for run in base}
+    pairs = [(run.test[metric], by_seed[run.config["seed"]]) for run in runs if run.config["seed"] in by_seed]
+    return gain(*zip(*pairs, strict=True)) if pairs else Gain(None, None)
 
 
 def table(results: dict[str, list[Result]]) -> str:
     """Test metrics, one optimizer a line, with the gain in NDCG@10 over the first.
 
-    With several seeds, metrics are mean ± standard deviation, and ``p`` belongs to a paired t-test on NDCG@10.
+    With several seeds, metrics are mean ± standard deviation, and ``p`` belongs to a paired t-test on NDCG@10. An
+    optimizer that has diverged with every seed has no figures.
     """
-    base, seeds = next(iter(results)), len(next(iter(results.values())))
-    names = [name for name in results[base][0].test if name.startswith(("HR", "NDCG"))]
+    base, seeds = next(iter(results)), max(map(len, results.values()))
+    first = next(run for runs in results.values() for run in runs)
+    names = [name for name in first.test if name.startswith(("HR", "NDCG"))]
     lines = [["optimizer", *names, "gain", *(["p"] if seeds > 1 else []), "best epoch", "s/epoch"]]
     for optimizer, runs in results.items():
-        found = None
-        if optimizer != base:
-            found = gain([run.test[SELECTION] for run in runs], [run.test[SELECTION] for run in results[base]])
+        if not runs:
+            lines.append([optimizer, "diverged", *[""] * (len(lines[0]) - 2)])
+            continue
+        found = None if optimizer == base else _paired_gain(runs, results[base], SELECTION)
         line = [optimizer]
         for name in names:
             values = [run.test[name] for run in runs]
-            spread = f" ± {statistics.stdev(values):.4f}" if seeds > 1 else ""
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             line.append(f"{statistics.fmean(values):.4f}{spread}")
         line.append("" if found is None or found.relative is None else f"{found.relative:+.1%}")
         if seeds > 1:
             line.append("" if found is None or found.p_value is None else f"{found.p_value:.2g}")
         line.append(", ".join(str(run.best_epoch) for run in runs))
         lines.append([*line, f"{statistics.median(run.epoch_seconds for run in runs):.2f}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    sides = ["left"] + ["right"] * (len(lines[0]) - 1)
+    return tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=sides)

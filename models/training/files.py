@@ -1,54 +1,79 @@
-"""Writing files whole or not at all."""
+"""The files of a training run: which there are, and how they are read."""
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from models.config import SELECTION
+from models.files import make_folder, write_bytes, write_json, write_text
+
+__all__ = ["curve", "make_folder", "read_history", "refuse_run_file", "write_bytes", "write_json", "write_text"]
+
+# All that a run writes. The first says what it is, the second what its items are called.
+RUN_FILES = (
+    "run.json",
+    "items.npz",
+    "history.jsonl",
+    "result.json",
+    "curve.png",
+    "per_user.csv",
+    "context.npz",
+    "users.npz",
+)
+RUN_FOLDERS = ("checkpoints", "tensorboard")
 
 
-def write_bytes(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Has ``write`` fill a file; an interrupted write leaves what was there before."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def refuse_run_file(option: str, path: Path | None, directory: Path) -> None:
+    """Refuses an output that would replace a file of the training run that is read.
+
+    Args:
+      option: what names the output.
+      path: the output; None: there is none.
+      directory: the run's folder.
+
+    Raises:
+      ValueError: if the output is such a file, under whatever name.
+    """
+    if path is None:
+        return
+    folders = [(directory / name).resolve() for name in RUN_FOLDERS]
+    inside = any(path.resolve().is_relative_to(folder) for folder in folders)
+    if inside or any(_is_same(path, directory / name) for name in RUN_FILES):
+        raise ValueError(f"{option}: {path} is a file of the run in {directory}; give another file")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path``, see :func:`write_bytes`."""
-    write_bytes(path, lambda file: file.write(text.encode("utf-8")))
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two names mean the same file, also through links; where there is none yet, the same place."""
+    if path.exists() and other.exists():
+        return path.samefile(other)
+    return path.resolve() == other.resolve()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, see :func:`write_bytes`."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def read_history(path: Path, count: int | None = None) -> list[dict[str, Any]]:
+    """Reads the records of a ``history.jsonl``.
 
+    Args:
+      path: the file.
+      count: how many records; what follows is not looked at. None: all.
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Reads the records of a ``history.jsonl``."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is damaged; it names the file and the line.
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines()[:count], start=1):
+        try:
+            record = json.loads(line)
+            intact = record["epoch"] == number and isinstance(record["loss"], float | int)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            intact = False
+        if not intact:
+            raise ValueError(f"{path} is damaged: its line {number} is no record of epoch {number}")
+        records.append(record)
+    return records
 
 
 def curve(history: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     """Points (epoch, validation NDCG@10) of a history."""
     return [(record["epoch"], record["validation"][SELECTION]) for record in history if "validation" in record]
-
-
-def make_folder(option: str, folder: Path) -> None:
-    """Makes the folder that an option names, so that what cannot be written fails before anything else is done.
-
-    Raises:
-      ValueError: if it cannot be made or written to; it names the option.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{option}: {folder} cannot be made ({error.strerror}); give another folder") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{option}: {folder} cannot be written to; give another folder")

@@ -2,48 +2,37 @@
 
 import contextlib
 import dataclasses
-import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from models import metrics
 from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
+from models.evaluation import metrics
+from models.training.interrupts import stop_gently
 from models.training.prepare import Prepared
 from models.training.program import Program
+from models.training.progress import Progress
 from models.training.run import Result, Run
 
 
 class DivergedError(ValueError):
-    """The loss is no longer a finite number."""
+    """The loss or a parameter is no longer a finite number.
 
+    Attributes:
+      failures: what happened, by seed.
+      results: one a seed, in the order in which they were asked for; None: it diverged.
+    """
 
-@contextlib.contextmanager
-def _stop_gently() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C (or SIGTERM) into an event: to stop when the epoch is over. The second acts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        del frame
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write(f"{signal.Signals(number).name}: saving after this epoch; Ctrl-C again stops at once")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def __init__(self, failures: Mapping[int, str], results: Sequence[Result | None]) -> None:
+        self.failures, self.results = dict(failures), list(results)
+        alone = len(self.results) == 1
+        super().__init__("; ".join(text if alone else f"seed {seed}: {text}" for seed, text in failures.items()))
 
 
 def train(
@@ -71,8 +60,9 @@ def train(
       The result.
 
     Raises:
-      DivergedError: if the loss of a step is not finite. The last good checkpoint stays.
-      CheckpointError: if ``output_dir`` holds another run, or a checkpoint cannot be read or written.
+      DivergedError: if the loss of a step or a parameter is not finite. The last good checkpoint stays.
+      CheckpointError: if ``output_dir`` holds another run, something else, or a run that another process trains, or a
+        checkpoint cannot be read or written.
       KeyboardInterrupt: after Ctrl-C, when the epoch is over and saved.
     """
     return train_seeds(prepared, config, optimizer, [config.seed], [output_dir], resume=resume, overwrite=overwrite)[0]
@@ -98,112 +88,166 @@ def train_seeds(
       optimizer: which optimizer.
       seeds: the seeds.
       output_dirs: one folder (or None) a seed. Each will hold what a run of this seed alone would leave.
-      resume: as for :func:`train`; all seeds go on from the newest epoch that every one has a checkpoint of.
+      resume: as for :func:`train`; each seed goes on from its own newest checkpoint, those that have come equally far
+        in a program of their own.
       overwrite: as for :func:`train`.
 
     Returns:
-      One result a seed.
-    """
-    begin = time.perf_counter()
-    digest = ""
-    if any(directory is not None for directory in output_dirs):
-        from models.training.checkpoints import fingerprint
+      One result a seed. A seed that early stopping ends is finished at that moment, and the others go on.
 
-        digest = fingerprint(prepared.interactions)
+    Raises:
+      DivergedError: when all the others are finished, if a seed has diverged. It has their results.
+      CheckpointError: as for :func:`train`.
+    """
     runs = [
-        Run(prepared, dataclasses.replace(config, seed=seed), optimizer, directory, digest)
+        Run(prepared, dataclasses.replace(config, seed=seed, optimizer=optimizer), optimizer, directory)
         for seed, directory in zip(seeds, output_dirs, strict=True)
     ]
-    for run in runs:
-        run.open(resume=resume, overwrite=overwrite)
-    active = [run for run in runs if run.finished is None]
-    if active:
-        program = Program(prepared, config, optimizer, [run.config.seed for run in active])
-        done = _restore(active, program) if resume else 0
-        begin -= max(run.seconds for run in active)
-        _train(active, program, done, begin)
+    with contextlib.ExitStack() as folders:
+        for run in runs:
+            folders.enter_context(run).open(resume=resume, overwrite=overwrite)
+        unfinished = [run for run in runs if run.finished is None]
+        for done in sorted({run.done for run in unfinished}):
+            _Group([run for run in unfinished if run.done == done], done).train()
+    failures = {run.config.seed: run.diverged for run in runs if run.diverged is not None}
+    if failures:
+        raise DivergedError(failures, [run.finished for run in runs])
     return [run.finished for run in runs]
 
 
-def _restore(runs: Sequence[Run], program: Program) -> int:
-    """Brings all runs back to the newest epoch they have in common, and returns it."""
-    if any(run.checkpoints is None for run in runs):
-        return 0
-    found = [{checkpoint.epoch: checkpoint for checkpoint in run.checkpoints.readable()} for run in runs]
-    common = set.intersection(*map(set, found))
-    if not common:
-        return 0
-    epoch = max(common)
-    fresh = [(program.params_of(i), program.state_of(i)) for i in range(len(runs))]
-    restored = [run.restore(mine[epoch], *like) for run, mine, like in zip(runs, found, fresh, strict=True)]
-    program.put(*zip(*restored, strict=True))
-    return epoch
+class _Group:
+    """Runs that differ in their seed alone, side by side in one program.
+
+    A run leaves when early stopping has ended it, or when it diverges; the program goes on computing it, and nobody
+    looks. What a run that has left needs is on the disk by then.
+
+    Args:
+      runs: the runs.
+      done: how many epochs each of them was trained for already.
+    """
+
+    def __init__(self, runs: Sequence[Run], done: int) -> None:
+        self.begin = time.perf_counter()
+        self.runs, self.done, self.config = runs, done, runs[0].config
+        self.active = dict(enumerate(runs))  # by place in the program
+        self.program = Program(runs[0].prepared, self.config, runs[0].optimizer, [run.config.seed for run in runs])
+        if done:
+            fresh = [(self.program.params_of(i), self.program.state_of(i)) for i in range(len(runs))]
+            restored = [run.restore(*like) for run, like in zip(runs, fresh, strict=True)]
+            self.program.put(*zip(*restored, strict=True))
+        self.begin -= max(run.seconds for run in runs)
+        for run in runs:
+            run.start()
+
+    def train(self) -> None:
+        """Trains until every run is finished or has diverged."""
+        config = self.config
+        title = self.runs[0].optimizer + (f", {len(self.runs)} seeds" if len(self.runs) > 1 else "")
+        with stop_gently() as asked, Progress(title, epochs=config.epochs, done=self.done) as self.progress:
+            if self.done == config.epochs:
+                self._evaluate_late()
+            self._part_with_stopped(self.done)
+            for epoch in range(self.done + 1, config.epochs + 1):
+                if not self.active:
+                    break
+                stop = self._epoch(epoch, asked)
+                if stop and self.active and epoch < config.epochs:
+                    raise KeyboardInterrupt(f"interrupted after epoch {epoch}, which is saved; go on with --resume")
+        for run in self.active.values():
+            run.finish(self.program)
+
+    def _epoch(self, epoch: int, asked: threading.Event) -> bool:
+        """Trains one epoch; returns whether a stop was asked for before it was saved."""
+        config, program, prepared = self.config, self.program, self.runs[0].prepared
+        start = time.perf_counter()
+        losses = program.epoch(epoch)
+        seconds = time.perf_counter() - start
+        tokens = prepared.num_tokens * len(self.active)
+        for i in list(self.active):
+            self._part_with_diverged(i, _loss_failure(losses[i], epoch))
+        evaluated = bool(self.active) and (epoch % config.eval_every == 0 or epoch == config.epochs)
+        validation = self._validate() if evaluated else {}
+        diagnostics = program.diagnose(epoch) if config.diagnostics else None
+        stop = asked.is_set()  # asked once: a signal between saving and stopping waits for the next epoch
+        shown = {"loss": losses[list(self.active)].mean() if self.active else np.nan, "seconds": seconds}
+        if validation:
+            shown["validation"] = np.mean([mine[SELECTION] for mine in validation.values()])
+        for i, run in list(self.active.items()):
+            params = program.params_of(i) if evaluated or stop else None
+            if params is not None and not _is_finite(params):
+                # The step after the last loss, or a row that no batch has met since.
+                self._part_with_diverged(i, f"a parameter is not finite after epoch {epoch}")
+                continue
+            record: dict[str, Any] = {
+                "epoch": epoch,
+                "loss": float(losses[i].mean()),
+                "seconds": round(seconds, 4),
+                "tokens_per_second": round(tokens / seconds),
+            }
+            if evaluated:
+                record["validation"] = validation[i]
+                run.consider(validation[i][SELECTION], epoch, params)
+            if diagnostics is not None:
+                record["diagnostics"] = diagnostics[i]
+            run.record(record)
+            run.seconds = time.perf_counter() - self.begin
+            if params is not None:
+                run.save(epoch, params, program.state_of(i))
+        self._part_with_stopped(epoch)
+        best = [run.best[0] for run in self.runs if run.best is not None and run.diverged is None]
+        self.progress.epoch(epoch, **shown, tokens=tokens, best=np.mean(best) if best else None)
+        return stop
+
+    def _validate(self) -> dict[int, dict[str, float]]:
+        """Metrics of the validation items, by place in the program."""
+        ranks = self.program.ranks(self.runs[0].prepared.validation)
+        return {i: metrics.summarize(ranks[i], tuple(sorted({*self.config.ks, SELECTION_K}))) for i in self.active}
+
+    def _evaluate_late(self) -> None:
+        """Evaluates runs that were interrupted behind the epoch that is now to be the last."""
+        late = {i: run for i, run in self.active.items() if "validation" not in run.history[-1]}
+        validation = self._validate() if late else {}
+        for i, run in late.items():
+            params = self.program.params_of(i)
+            run.consider(validation[i][SELECTION], self.done, params)
+            run.replace_last_record(run.history[-1] | {"validation": validation[i]})
+            run.save(self.done, params, self.program.state_of(i))
+
+    def _part_with_stopped(self, epoch: int) -> None:
+        for i, run in list(self.active.items()):
+            if run.stopped and epoch < self.config.epochs:
+                found = f"no better validation {SELECTION} in {self.config.patience} evaluations"
+                self.progress.note(f"{self._name(run)}{found}: stopped early")
+                run.finish(self.program)
+                del self.active[i]
+
+    def _part_with_diverged(self, i: int, failure: str | None) -> None:
+        if failure is None:
+            return
+        run = self.active.pop(i)
+        kept = f"; the checkpoint of epoch {run.saved} is kept" if run.saved else ""
+        advice = f"lower learning_rate={self.config.learning_rate:g}, or give --clip-norm 1"
+        run.diverged = f"{failure}{kept}; {advice}"
+        if len(self.runs) > 1:
+            self.progress.note(f"{self._name(run)}{run.diverged}; the others go on")
+
+    def _name(self, run: Run) -> str:
+        return f"seed {run.config.seed}: " if len(self.runs) > 1 else ""
 
 
-def _train(runs: Sequence[Run], program: Program, done: int, begin: float) -> None:
-    """Trains from epoch ``done`` on until every run is finished."""
-    config, prepared = program.config, program.prepared
-    for run in runs:
-        run.start()
-
-    def save(epoch: int) -> None:
-        for i, run in enumerate(runs):
-            if not (run.stopped and run.saved):
-                run.save(epoch, program.params_of(i), program.state_of(i))
-
-    name = runs[0].optimizer + (f", {len(runs)} seeds" if len(runs) > 1 else "")
-    with (
-        _stop_gently() as asked,
-        tqdm(total=config.epochs, initial=done, desc=name, unit="epoch", dynamic_ncols=True) as bar,
-    ):
-        bar.set_postfix_str("compiling")
-        for epoch in range(done + 1, config.epochs + 1):
-            if all(run.stopped for run in runs):
-                bar.write(f"no better validation {SELECTION} in {config.patience} evaluations: stopped early")
-                break
-            start = time.perf_counter()
-            losses = program.epoch(epoch)
-            seconds = time.perf_counter() - start
-            evaluated = epoch % config.eval_every == 0 or epoch == config.epochs
-            ranks = program.ranks(prepared.validation) if evaluated and np.isfinite(losses).all() else None
-            diagnostics = program.diagnose(epoch) if config.diagnostics else None
-            speed = prepared.packed.num_tokens * len(runs) / seconds
-            for i, run in enumerate(runs):
-                if run.stopped:
-                    continue
-                _check_finite(losses[i], epoch, run)
-                record: dict[str, Any] = {
-                    "epoch": epoch,
-                    "loss": float(losses[i].mean()),
-                    "seconds": round(seconds, 4),
-                    "tokens_per_second": round(speed),
-                }
-                if ranks is not None:
-                    record["validation"] = metrics.summarize(ranks[i], tuple(sorted({*config.ks, SELECTION_K})))
-                    run.consider(record["validation"][SELECTION], partial(program.params_of, i))
-                if diagnostics is not None:
-                    record["diagnostics"] = diagnostics[i]
-                run.record(record)
-                run.seconds = time.perf_counter() - begin
-            stop = asked.is_set()  # asked once: a signal between saving and stopping waits for the next epoch
-            if evaluated or stop:
-                save(epoch)
-            best = [run.best[0] for run in runs if run.best is not None]
-            shown = f"loss {losses.mean():.4f}, {speed:,.0f} tokens/s"
-            bar.set_postfix_str(shown + (f", best {SELECTION} {np.mean(best):.4f}" if best else ""))
-            bar.update()
-            if stop and epoch < config.epochs:
-                raise KeyboardInterrupt(f"interrupted after epoch {epoch}, which is saved; go on with --resume")
-    for run in runs:
-        run.finished = run.finish(program)
-
-
-def _check_finite(losses: np.ndarray, epoch: int, run: Run) -> None:
+def _loss_failure(losses: np.ndarray, epoch: int) -> str | None:
+    """What is wrong with the losses of an epoch; None: nothing."""
     if np.isfinite(losses).all():
-        return
-    step = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
-    kept = f"; the checkpoint of epoch {run.saved} is kept" if run.saved else ""
-    raise DivergedError(
-        f"the loss of epoch {epoch}, step {step}, is {losses[step - 1]}{kept}; "
-        f"lower learning_rate={run.config.learning_rate:g}, or give --clip-norm 1"
-    )
+        return None
+    step = int(np.flatnonzero(~np.isfinite(losses))[0])
+    return f"the loss of epoch {epoch}, step {step + 1}, is {losses[step]}"
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
+
+
+def _is_finite(params: Any) -> bool:
+    """Whether every number of a tree is finite; whole numbers and keys are."""
+    return bool(_all_finite([x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]))

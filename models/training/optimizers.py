@@ -1,11 +1,11 @@
 """The optimizers that are compared, by name."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import get_args
 
 import optax
 
 from models.config import Optimizer, OptimizerConfig
+from models.graphs import Nodes
 from sevo_optax import adamw_corrected, scale_by_adam_corrected, sevo
 
 Stages = dict[str, optax.GradientTransformationExtraArgs]
@@ -14,61 +14,66 @@ Stages = dict[str, optax.GradientTransformationExtraArgs]
 def make_stages(
     name: Optimizer,
     config: OptimizerConfig,
-    adjacency: Any,
-    tables: Sequence[str],
+    nodes: Nodes | None,
     learning_rate: optax.ScalarOrSchedule | None = None,
+    clip_norm: float | None = None,
 ) -> Stages:
-    """Builds one of the three arms as named stages, to be chained in their order.
+    """Builds an optimizer as named stages, to be chained in their order.
 
     Args:
       name: ``adamw``: plain AdamW. ``sevo-adamw``: Algorithm 1, which smooths Adam's direction. ``sevo-gradient``:
-        smooths the gradient, in front of Adam's corrected moments.
+        smooths the gradient, in front of AdamW with moments that are corrected for the tables' idle rows;
+        ``sevo-gradient-uncorrected``: in front of plain AdamW. ``adam``, ``sgd``: decay in the gradient;
+        ``sevo-adam``, ``sevo-sgd``: Algorithms 3 and 2. ``closed-form``: no updates at all.
       config: rates and strengths.
-      adjacency: raw weights over the rows of each table.
-      tables: paths of the item tables, each smoothed over the graph on its own.
+      nodes: the graph, and the tables over its nodes; None: the model has none, and nothing is smoothed.
       learning_rate: a schedule, or None: ``config.learning_rate``.
+      clip_norm: gradients with a larger global norm are scaled down to it first; None: never.
 
     Returns:
-      Transformations by name. The stage ``sevo TABLE`` smooths a table; ``adamw`` has none.
+      Transformations by name. The stages called ``sevo TABLES`` smooth.
+
+    Raises:
+      ValueError: if there is no optimizer of that name, or it smooths and there is nothing to smooth.
     """
+    if name not in get_args(Optimizer):
+        raise ValueError(f"optimizer must be one of {', '.join(get_args(Optimizer))}, got {name!r}")
+    smoothing: Stages = {}
+    if name.startswith("sevo-"):
+        if nodes is None:
+            raise ValueError(
+                f"optimizer {name} smooths tables over a graph, and this model has none; take adam or adamw"
+            )
+        options = {"beta": config.beta, "num_layers": config.num_layers, "method": config.smoothing}
+        if config.smoothing == "neumann":
+            options["rescale"] = config.rescale
+        smoothing = {
+            f"sevo {'+'.join(group)}": sevo(nodes.adjacency, group if len(group) > 1 else group[0], **options)
+            for group in nodes.groups
+        }
     rate = config.learning_rate if learning_rate is None else learning_rate
-    adam = {"b1": config.b1, "b2": config.b2}
-    decay = {"weight_decay": config.weight_decay}
-    clip = {} if config.clip_norm is None else {"clip": optax.clip_by_global_norm(config.clip_norm)}
+    adam, weight_decay = {"b1": config.b1, "b2": config.b2}, config.weight_decay
+    clip: Stages = {} if clip_norm is None else {"clip": optax.clip_by_global_norm(clip_norm)}
+    decay: Stages = {"decay": optax.add_decayed_weights(weight_decay)} if weight_decay else {"decay": optax.identity()}
+    step: Stages = {"rate": optax.scale_by_learning_rate(rate)}
     match name:
         case "adamw":
-            return clip | {
-                "moments": optax.scale_by_adam(**adam),
-                "decay": optax.add_decayed_weights(config.weight_decay),
-                "rate": optax.scale_by_learning_rate(rate),
-            }
+            return clip | {"moments": optax.scale_by_adam(**adam)} | decay | step
         case "sevo-adamw":
             # sevo_adamw, for any number of tables.
-            return clip | {
-                "moments": scale_by_adam_corrected(**adam, tables=tuple(tables)),
-                **smoothing(config, adjacency, tables),
-                "decay": optax.add_decayed_weights(config.weight_decay),
-                "rate": optax.scale_by_learning_rate(rate),
-            }
+            corrected = scale_by_adam_corrected(**adam, tables=nodes.tables)
+            moments = corrected if config.moment_correction else optax.scale_by_adam(**adam)
+            return clip | {"moments": moments} | smoothing | decay | step
         case "sevo-gradient":
-            return clip | smoothing(config, adjacency, tables) | {"adamw": adamw_corrected(rate, **adam, **decay)}
-    raise ValueError(f"optimizer must be one of adamw, sevo-adamw, sevo-gradient, got {name!r}")
-
-
-def smoothing(config: OptimizerConfig, adjacency: Any, tables: Sequence[str]) -> Stages:
-    """One stage ``sevo TABLE`` a table."""
-    return {f"sevo {table}": sevo(adjacency, table, beta=config.beta, num_layers=config.num_layers) for table in tables}
-
-
-def make_optimizer(
-    name: Optimizer,
-    config: OptimizerConfig,
-    adjacency: Any,
-    tables: Sequence[str],
-    learning_rate: optax.ScalarOrSchedule | None = None,
-) -> optax.GradientTransformation:
-    """Chains the stages of :func:`make_stages`; the state is a dict by the stages' names."""
-    return optax.named_chain(*make_stages(name, config, adjacency, tables, learning_rate).items())
+            corrected = adamw_corrected(rate, **adam, weight_decay=weight_decay, tables=nodes.tables)
+            return clip | smoothing | {"adamw": corrected}
+        case "sevo-gradient-uncorrected":
+            return clip | smoothing | {"adamw": optax.adamw(rate, **adam, weight_decay=weight_decay)}
+        case "adam" | "sevo-adam":
+            return clip | decay | {"moments": optax.scale_by_adam(**adam)} | smoothing | step
+        case "sgd" | "sevo-sgd":
+            return clip | decay | {"moments": optax.trace(config.b1)} | smoothing | step
+    return {"none": optax.set_to_zero()}
 
 
 def make_schedule(config: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:

@@ -1,17 +1,25 @@
 """What every run on the same data shares, made once and kept on the device."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from models.data import Interactions, Split, UnseenItems, pack
-from models.graphs import item_cooccurrence
-from models.registry import MODELS
+from flax import nnx
+
+from models.architectures.base import Recommender
+from models.architectures.registry import make_model, model_class
 from models.config import TrainConfig
-from models.training.evaluation import FullRanking
+from models.data import Interactions, Split, split_interactions
+from models.evaluation.ranking import FullRanking
+from models.feeds import NegativeSampler, PackedSequences, Pairs, Prefixes, pack
+from models.graphs import Nodes, smoothed_nodes
+from models.memory import check_memory, training_needs
 
 # The losses that draw items a user has not interacted with.
 DRAWS_UNSEEN = ("bce", "bpr")
+
+Feed = PackedSequences | Prefixes | Pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,43 +29,80 @@ class Prepared:
     Attributes:
       interactions: all of them.
       split: the training part, and what is predicted from which history.
-      packed: the training sequences, packed, on the device.
-      unseen: where negatives are drawn from.
+      feed: what a step is fed, on the device; None: the model is fitted in closed form.
+      sampler: where negatives are drawn from.
       validation: evaluation set of the validation items.
       test: evaluation set of the test items.
-      adjacency: raw co-occurrence weights over the rows of the item table, from the training part.
+      context: what the model computes with, such as a graph it propagates over.
+      nodes: the graph of the training part that updates are smoothed over, and its tables; None: the model has none.
     """
 
     interactions: Interactions
     split: Split
-    packed: Any
-    unseen: UnseenItems
+    feed: Feed | None
+    sampler: NegativeSampler
     validation: FullRanking
     test: FullRanking
-    adjacency: Any
+    context: Mapping[str, Any]
+    nodes: Nodes | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Inputs in an epoch that is trained on; places that are not filled do not count."""
+        return 0 if self.feed is None else self.feed.num_tokens
 
 
 def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
-    """Splits, packs and copies to the device; builds the graph from the training part alone."""
-    kind = MODELS[config.model]
-    split = config.split_interactions(interactions)
-    ranking = partial(FullRanking.prepare, model=kind, max_length=config.max_length, exclude_seen=config.exclude_seen)
+    """Splits, packs and copies to the device; builds graphs from the training part alone.
+
+    Raises:
+      OutOfMemoryError: if training would need more memory than there is.
+    """
+    check_memory(training_needs(config, interactions), config)
+    kind = model_class(config.model)
+    split = split_interactions(interactions, config)
+    ranking = partial(
+        FullRanking.prepare,
+        model=kind,
+        config=config,
+        user_ids=split.train.user_ids,
+        exclude_seen=config.exclude_seen,
+    )
+    shapes = nnx.eval_shape(
+        lambda: make_model(config, num_users=split.train.num_users, num_items=interactions.num_items, seed=0)
+    )
     return Prepared(
         interactions=interactions,
         split=split,
-        packed=pack(
-            split.train,
-            max_length=config.max_length,
-            batch_size=config.batch_size,
-            with_targets=kind.predicts_next,
+        feed=make_feed(split.train, config),
+        sampler=NegativeSampler.from_interactions(
+            split.train, config.negative_power, drawn=kind.feed != "none" and config.loss in DRAWS_UNSEEN
         ),
-        unseen=UnseenItems.from_interactions(split.train, config.negative_power, drawn=config.loss in DRAWS_UNSEEN),
         validation=ranking(split.validation_history, split.validation),
         test=ranking(split.test_history, split.test),
-        adjacency=item_cooccurrence(
-            split.train,
-            num_nodes=interactions.num_items + kind.num_special,
-            graph_max_length=config.graph_max_length,
-            max_hops=config.max_hops,
-        ),
+        context=kind.make_context(split.train, config),
+        nodes=smoothed_nodes(split.train, config, shapes),
     )
+
+
+def make_feed(train: Interactions, config: TrainConfig) -> Feed | None:
+    """What the configured model is fed: its feed over the training part, on the device; None: nothing.
+
+    Raises:
+      ValueError: if there is nothing to train on.
+    """
+    kind: type[Recommender] = model_class(config.model)
+    match kind.feed:
+        case "sequences":
+            return pack(
+                train, max_length=config.max_length, batch_size=config.batch_size, with_targets=kind.predicts_next
+            )
+        case "prefixes" if config.separate_prefixes:
+            return Prefixes.from_interactions(train, max_length=config.max_length, batch_size=config.batch_size)
+        case "prefixes":
+            return pack(
+                train, max_length=config.max_length, batch_size=config.batch_size, count_targets=True, windows=True
+            )
+        case "pairs":
+            return Pairs.from_interactions(train, batch_size=config.batch_size)
+    return None

@@ -3,21 +3,33 @@
 import contextlib
 import dataclasses
 import json
-import resource
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import numpy as np
 
+from models.architectures.registry import model_class
 from models.config import SELECTION, Optimizer, TrainConfig
-from models.training.files import curve, write_json, write_text
+from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_json, write_text
+from models.training import beside
+from models.training.files import curve, read_history
 from models.training.prepare import Prepared
 from models.training.program import Program
+
+if TYPE_CHECKING:
+    from models.training.checkpoints import Checkpoint, Checkpoints, RunInfo
+
+try:
+    import resource
+except ImportError:  # there is none on Windows
+    resource = None
+
+# Of result.json. Results that say nothing are of the first format, of seeds that were trained alone.
+FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +47,10 @@ class Result:
       epoch_seconds: median seconds of an epoch, compilation and evaluation not counted. Where several seeds share one
         program, of an epoch of all of them.
       total_seconds: seconds of the whole run, those before an interruption included.
-      peak_memory: the most memory the process (on a GPU or TPU: the device) has used so far, in bytes.
+      peak_memory: the most memory the process (on a GPU or TPU: the device) has used so far, in bytes; 0: not known.
       device: what it ran on.
+      seeds_together: how many seeds shared the program, this one included.
+      format: of ``result.json``. A later one may have more fields.
     """
 
     optimizer: str
@@ -50,88 +64,184 @@ class Result:
     total_seconds: float
     peak_memory: int
     device: str
+    seeds_together: int = 1
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads a ``result.json``.
+
+        Raises:
+          FileNotFoundError: if there is no such file.
+          ValueError: if it is damaged, or was written by a later version; it names the file and the way out.
+        """
+        try:
+            values = read_json(path)
+            later = check_format(values, FORMAT)
+            if not later:
+                return cls(**values)
+        except (ValueError, TypeError) as error:
+            reason = str(error).removeprefix("Result.__init__() ")
+            raise ValueError(
+                f"{path} is damaged ({reason}); delete it, and --resume makes it again from the newest checkpoint"
+            ) from None
+        raise ValueError(f"{path} {later}, or delete it")
 
 
 class Run:
-    """What is known of one seed's run, and its folder."""
+    """What is known of one seed's run, and its folder. It is a context that holds the folder.
 
-    def __init__(
-        self, prepared: Prepared, config: TrainConfig, optimizer: Optimizer, directory: Path | None, digest: str
-    ) -> None:
+    Args:
+      prepared: the data.
+      config: the run, resolved.
+      optimizer: which optimizer.
+      directory: the folder; None: nothing is read or written.
+    """
+
+    def __init__(self, prepared: Prepared, config: TrainConfig, optimizer: Optimizer, directory: Path | None) -> None:
         self.prepared, self.config, self.optimizer, self.directory = prepared, config, optimizer, directory
-        self.digest = digest
         self.history: list[dict[str, Any]] = []
         self.best: tuple[float, int, Any] | None = None
         self.stale = 0
         self.seconds = 0.0
         self.finished: Result | None = None
-        self.checkpoints: Any = None
-        self.info: Any = None
+        self.diverged: str | None = None
+        self.checkpoint: Checkpoint | None = None
+        self.checkpoints: Checkpoints | None = None
+        self.info: RunInfo | None = None
         self.continues = False
         self.saved = 0
         self._scalars: Any = None
+        self._claims = contextlib.ExitStack()
 
     @property
     def stopped(self) -> bool:
         """Whether early stopping has ended this run."""
         return self.config.patience is not None and self.stale >= self.config.patience
 
+    @property
+    def done(self) -> int:
+        """How many epochs the checkpoint that it goes on from has; 0: it starts anew."""
+        return 0 if self.checkpoint is None else self.checkpoint.epoch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._scalars is not None:
+            self._scalars.close()
+        self._claims.close()
+
     def open(self, *, resume: bool, overwrite: bool) -> None:
-        """Looks at the folder, and reads the result of a run that is finished. Nothing is written yet.
+        """Looks at the folder, keeps others out of it, and reads what is there. Nothing of a run is written yet.
 
         Raises:
-          CheckpointError: if the folder holds a run already, and it is not to be resumed or overwritten, or not the
-            same run.
+          CheckpointError: if the folder holds something else than a run, or a run already that is not to be resumed or
+            overwritten, or not the same run, or one that another process trains.
+          ValueError: if the result of a finished run cannot be read.
         """
         if self.directory is None:
             return
-        from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo  # orbax takes a second to import
+        from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo, read_item_ids
 
-        self.checkpoints = Checkpoints(self.directory)
-        self.info = RunInfo(self.optimizer, self.config, self.prepared.interactions.num_items, self.digest)
-        if overwrite or not (self.directory / "run.json").exists():
-            return
-        if not resume:
+        holds_run = self._check_folder()
+        if holds_run and not (resume or overwrite):
             raise CheckpointError(
                 f"{self.directory} holds a run already; go on with --resume, replace it with --overwrite, "
                 "or give another --output-dir"
             )
-        found = RunInfo.read(self.directory)
-        self.info.check_same(found, self.directory)
-        self.continues = True
-        finished = self.directory / "result.json"
-        if finished.exists() and all(
-            getattr(found.config, x) == getattr(self.config, x) for x in ("epochs", "patience")
-        ):
-            self.finished = Result(**json.loads(finished.read_text(encoding="utf-8")))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._claims.enter_context(claim(self.directory / LOCK)):
+            raise CheckpointError(
+                f"another process trains in {self.directory}; wait for it, or give another --output-dir"
+            )
+        holds_run = self._check_folder()  # once more, now that nobody else changes it
+        num_users = self.prepared.split.train.num_users
+        self.info = RunInfo.of(self.optimizer, self.config, self.prepared.interactions, num_users=num_users)
+        if holds_run and not overwrite:
+            found = RunInfo.read(self.directory)
+            self.info = self.info.continuing(found, self.prepared.interactions, self.directory)
+            if found.items and (self.directory / "items.npz").exists():
+                read_item_ids(self.directory, found)
+            self.continues = True
+        self.checkpoints = Checkpoints(self.directory, self.info.run)
+        if not self.continues:
+            return
+        trained = max(self.checkpoints.epochs(), default=0)
+        if trained > self.config.epochs:
+            raise CheckpointError(
+                f"{self.directory} was trained for {trained} epochs already, more than epochs={self.config.epochs}; "
+                f"give --epochs {trained} or more, or another --output-dir"
+            )
+        with contextlib.suppress(FileNotFoundError):
+            result = Result.read(self.directory / "result.json")
+            if len(result.losses) == self.config.epochs or all(
+                getattr(found.config, x) == getattr(self.config, x) for x in ("epochs", "patience")
+            ):
+                self.finished = result
+                return
+        self.checkpoint = next(self.checkpoints.readable(), None)
 
-    def restore(self, checkpoint: Any, params: Any, opt_state: Any) -> tuple[Any, Any]:
-        """Goes back to a checkpoint; returns parameters and optimizer state like those given."""
+    def _check_folder(self) -> bool:
+        """Whether the folder holds a run; if not, nothing may be in it that a run could replace.
+
+        Raises:
+          CheckpointError: if there is something.
+        """
+        from models.training.checkpoints import CheckpointError, is_run
+
+        if not self.directory.is_dir():
+            return False
+        names = sorted(path.name for path in self.directory.iterdir() if not path.name.startswith("."))
+        with contextlib.suppress(OSError, ValueError):
+            if is_run(read_json(self.directory / "run.json")):
+                return True
+        if not names:
+            return False
+        what = "run.json, which no training run has written" if "run.json" in names else f"{names[0]}, but no run"
+        raise CheckpointError(f"{self.directory} holds {what}; give another --output-dir, or empty it yourself")
+
+    def restore(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
+        """Goes back to the checkpoint; returns parameters and optimizer state like those given."""
         from models.training.checkpoints import CheckpointError, unflatten
 
-        epoch, progress = checkpoint.epoch, checkpoint.progress
-        self.best = (progress["best"], progress["best_epoch"], unflatten(checkpoint.leaves, params, "best"))
-        self.stale, self.seconds, self.saved = progress["stale"], progress["seconds"], epoch
-        with contextlib.suppress(FileNotFoundError):
-            lines = (self.directory / "history.jsonl").read_text(encoding="utf-8").splitlines()
-            self.history = [json.loads(line) for line in lines[:epoch]]
-        if len(self.history) < epoch:
+        epoch, leaves, progress = self.checkpoint.epoch, self.checkpoint.leaves, self.checkpoint.progress
+        try:
+            restored = unflatten(leaves, params, "last"), unflatten(leaves, opt_state, "opt_state")
+            self.best = (progress["best"], progress["best_epoch"], unflatten(leaves, params, "best"))
+        except CheckpointError as error:
             raise CheckpointError(
-                f"{self.directory / 'history.jsonl'} lacks epochs of the checkpoint's {epoch}; train with --overwrite"
+                f"the checkpoint of epoch {epoch} in {self.directory} does not fit: {error}"
+            ) from None
+        self.stale, self.seconds, self.saved = progress["stale"], progress["seconds"], epoch
+        history = self.directory / "history.jsonl"
+        with contextlib.suppress(FileNotFoundError):
+            self.history = read_history(history, epoch)
+        if len(self.history) < epoch or (self.best[1] and "validation" not in self.history[self.best[1] - 1]):
+            raise CheckpointError(
+                f"{history} lacks what the checkpoint of epoch {epoch} builds on; train again with --overwrite"
             )
-        return unflatten(checkpoint.leaves, params, "last"), unflatten(checkpoint.leaves, opt_state, "opt_state")
+        return restored
 
     def start(self) -> None:
         """Takes possession of the folder: removes what is there, unless the run continues, and writes what it is."""
         if self.directory is None:
             return
+        for path in self.directory.glob(f"{PARTIAL}*"):  # of a process that was killed
+            path.unlink()
+        # The others are replaced: a folder without run.json holds no run.
         for name in ("result.json", "curve.png", "per_user.csv"):
             (self.directory / name).unlink(missing_ok=True)
         self.checkpoints.remove_after(self.saved)
         if not self.continues:
-            shutil.rmtree(self.directory / "tensorboard", ignore_errors=True)
+            _remove_scalars(self.directory / "tensorboard")
         self.info.write(self.directory, self.prepared.interactions.item_ids)
-        write_text(self.directory / "history.jsonl", "".join(json.dumps(record) + "\n" for record in self.history))
+        beside.write_context(self.directory, self.prepared.context)
+        if model_class(self.config.model).query == "user":
+            beside.write_users(self.directory, self.prepared.interactions, self.prepared.split.train.user_ids)
+        self._write_history()
         if self.config.tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -141,8 +251,7 @@ class Run:
         """Adds an epoch to the history."""
         self.history.append(record)
         if self.directory is not None:
-            with (self.directory / "history.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_text(self.directory / "history.jsonl", json.dumps(record) + "\n")
         if self._scalars is not None:
             scalars = {"loss": record["loss"], "tokens per second": record["tokens_per_second"]}
             scalars |= {f"validation/{name}": value for name, value in record.get("validation", {}).items()}
@@ -150,10 +259,17 @@ class Run:
             for name, value in scalars.items():
                 self._scalars.add_scalar(name.replace(" ", "_"), value, record["epoch"])
 
-    def consider(self, score: float, params: Callable[[], Any]) -> None:
-        """Keeps the parameters if the score is the best so far."""
+    def replace_last_record(self, record: dict[str, Any]) -> None:
+        """Changes the newest epoch of the history; its checkpoint is to be written again."""
+        self.history[-1] = record
+        self.saved = 0
+        if self.directory is not None:
+            self._write_history()
+
+    def consider(self, score: float, epoch: int, params: Any) -> None:
+        """Keeps the parameters after an epoch if their score is the best so far."""
         if self.best is None or score > self.best[0]:
-            self.best, self.stale = (score, len(self.history) + 1, params()), 0
+            self.best, self.stale = (score, epoch, params), 0
         else:
             self.stale += 1
 
@@ -171,11 +287,10 @@ class Run:
         self.checkpoints.save(Checkpoint(epoch, leaves, progress))
         self.saved = epoch
 
-    def finish(self, program: Program) -> Result:
+    def finish(self, program: Program) -> None:
         """Tests the best parameters and writes what there is to write."""
         begin = time.perf_counter()
-        score, best_epoch, params = self.best
-        del score
+        _, best_epoch, params = self.best
         ranks, test = program.test(params)
         seconds = [record["seconds"] for record in self.history]
         result = Result(
@@ -190,9 +305,11 @@ class Run:
             total_seconds=self.seconds + time.perf_counter() - begin,
             peak_memory=peak_memory(),
             device=str(jax.devices()[0].device_kind),
+            seeds_together=len(program.seeds),
         )
         if self._scalars is not None:
             self._scalars.close()
+            self._scalars = None
         if self.directory is not None:
             from models import plots  # matplotlib is slow to import and not needed to train
 
@@ -200,7 +317,10 @@ class Run:
                 self._write_ranks(ranks)
             plots.validation_curves({self.optimizer: [curve(self.history)]}, self.directory / "curve.png")
             write_json(self.directory / "result.json", dataclasses.asdict(result))
-        return result
+        self.finished = result
+
+    def _write_history(self) -> None:
+        write_text(self.directory / "history.jsonl", "".join(json.dumps(record) + "\n" for record in self.history))
 
     def _write_ranks(self, ranks: np.ndarray) -> None:
         import polars
@@ -211,6 +331,14 @@ class Run:
         write_text(self.directory / "per_user.csv", frame.write_csv())
 
 
+def _remove_scalars(folder: Path) -> None:
+    """Removes what TensorBoard's writer wrote, and the folder, if that was all."""
+    for path in folder.glob("events.out.tfevents.*"):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def protocol(prepared: Prepared) -> str:
     """How a result on these data comes about, in one line."""
     return (
@@ -219,8 +347,10 @@ def protocol(prepared: Prepared) -> str:
 
 
 def peak_memory() -> int:
-    """The most bytes used so far: on the device, if it says so, else by the process."""
+    """The most bytes used so far: on the device, if it says so, else by the process; 0 where neither is known."""
     statistics = jax.local_devices()[0].memory_stats() or {}
+    on_device = statistics.get("peak_bytes_in_use")
+    if on_device or resource is None:
+        return on_device or 0
     # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return statistics.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

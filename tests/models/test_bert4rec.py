@@ -7,16 +7,18 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from models.bert4rec import BERT4Rec
-from models.data import Interactions, drifting_interests, pack
+from models.architectures.bert4rec import BERT4Rec
+from models.architectures.registry import make_config
+from models.data import Interactions, drifting_interests
+from models.evaluation.ranking import FullRanking
+from models.feeds import pack
 from models.training import loop
-from models.config import TrainConfig
-from models.training.evaluation import FullRanking
 from models.training.prepare import prepare
 from tests.models.test_sasrec import MAX_LENGTH, alone, perturb
 
 NUM_ITEMS = 25
 MASK = NUM_ITEMS + 1
+CONFIG = make_config("bert4rec", max_length=MAX_LENGTH, embedding_dim=8)
 
 
 @pytest.fixture
@@ -100,7 +102,8 @@ def test_number_of_parameters(tie_output):
     layer = 4 * (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d) + 2 * 2 * d
     tables = n * d if tie_output else 2 * n * d
     assert count == tables + n + MAX_LENGTH * d + num_blocks * layer + 2 * d
-    assert model.item_tables == (("item_embedding",) if tie_output else ("item_embedding", "output_embedding"))
+    tables = (("item_embedding",),) if tie_output else (("item_embedding",), ("output_embedding",))
+    assert model.node_sets == {"items": tables}
 
 
 def test_initialisation_is_the_published_one():
@@ -122,7 +125,7 @@ def test_initialisation_is_the_published_one():
 class TestMasking:
     def corrupt(self, data, key=0, **options):
         batch = pack(data, max_length=MAX_LENGTH, batch_size=1000, with_targets=False).batch(0)
-        return batch, make_model(**options).corrupt(batch, jax.random.key(key))
+        return batch, make_model(**options).training_batch(batch, jax.random.key(key))
 
     def test_masked_items_are_the_targets(self):
         data = drifting_interests(num_users=300, num_items=NUM_ITEMS, num_groups=4, mean_length=7)
@@ -153,7 +156,7 @@ class TestMasking:
     def test_there_is_room_for_all_targets(self, probability):
         model = make_model(mask_probability=probability)
         masked = np.random.default_rng(0).binomial(2000, probability, size=10_000)
-        assert masked.max() <= model.targets_at_most(2000) <= 2000
+        assert masked.max() <= model.max_num_targets(2000) <= 2000
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -165,31 +168,33 @@ class TestMasking:
     )
     def test_refuses(self, options, message):
         with pytest.raises(ValueError, match=message):
+            make_config("bert4rec", **options)
+        with pytest.raises(ValueError, match=message):
             make_model(**options)
 
 
 def test_the_mask_token_is_appended_to_recommend(interactions):
     model = make_model()
     targets = np.array([1 + (u % NUM_ITEMS) for u in range(30)])
-    ranking = FullRanking.prepare(interactions, targets, model=BERT4Rec, max_length=MAX_LENGTH, chunk_size=7)
-    ranks = np.asarray(jax.jit(lambda: ranking.ranks(model))())
-    weight, bias = (np.asarray(x) for x in model.output_layer())
+    ranking = FullRanking.prepare(interactions, targets, model=BERT4Rec, config=CONFIG, chunk_size=7)
+    ranks = np.asarray(jax.jit(lambda: ranking.ranks(model, {}))())
+    weight, bias = (np.asarray(x) for x in model.items())
     for user, sequence in enumerate(interactions):
         query = padded_reference(model, [*sequence[-(MAX_LENGTH - 1) :], MASK])[-1]
         scores = weight @ query + bias
         candidates = sorted(set(range(1, NUM_ITEMS + 1)) - set(sequence.tolist()) - {targets[user]})
         assert ranks[user] == (scores[candidates] >= scores[targets[user]]).sum()
-    assert [list(s) for s in BERT4Rec.queries(Interactions.from_sequences([[1, 2], [3]]))] == [[1, 2, 4], [3, 4]]
+    assert [list(s) for s in BERT4Rec.history_inputs(Interactions.from_sequences([[1, 2], [3]]))] == [[1, 2, 4], [3, 4]]
 
 
 @pytest.mark.parametrize(("optimizer", "options"), [("sevo-adamw", {}), ("sevo-gradient", {"tie_output": True})])
 def test_training(optimizer, options, tmp_path):
-    config = TrainConfig(
-        model="bert4rec", max_length=8, embedding_dim=8, num_blocks=1, epochs=3, batch_size=20, eval_every=1, **options
-    ).resolved()
+    config = make_config(
+        "bert4rec", max_length=8, embedding_dim=8, num_blocks=1, epochs=3, batch_size=20, eval_every=1, **options
+    )
     assert (config.loss, config.num_heads, config.b2) == ("ce", 4, 0.95)
     prepared = prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), config)
-    assert prepared.adjacency.shape == (42, 42)
+    assert prepared.nodes.adjacency.shape == (42, 42)
     result = loop.train(prepared, dataclasses.replace(config, learning_rate=1e-2), optimizer, tmp_path)
     assert result.losses[0] == pytest.approx(np.log(40), rel=0.05)
     assert result.losses[-1] < result.losses[0]

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.architectures.registry import make_config
 from models.data import drifting_interests
 from models.training import checkpoints, loop
 from models.training.checkpoints import CheckpointError, Checkpoints, flatten, load_run
-from models.config import TrainConfig
 from models.training.files import read_history
 from models.training.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
-CONFIG = TrainConfig(
+CONFIG = make_config(
     max_length=8, embedding_dim=8, num_blocks=1, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1
-).resolved()
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_graph_is_not_saved(prepared, tmp_path):
     saved = leaves(tmp_path, 2)
     assert any("moments" in name for name in saved)
     assert not any("graph" in name for name in saved)
-    edges = prepared.adjacency.nse
+    edges = prepared.nodes.adjacency.nse
     assert all(edges not in array.shape for array in saved.values())
 
 
@@ -127,26 +127,30 @@ def test_a_schedule_does_not_change_its_end(prepared, tmp_path):
         loop.train(prepared, dataclasses.replace(config, epochs=6), "adamw", tmp_path, resume=True)
 
 
-def damage(directory, how):
-    """Spoils the largest file of a checkpoint."""
-    file = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+def damage(file, how):
+    """Spoils a file, or takes an array out of it."""
     content = bytearray(file.read_bytes())
-    if how == "truncated":
+    if how == "missing":
+        with np.load(file) as arrays:
+            kept = dict(arrays)
+        del kept[next(name for name in kept if name.startswith("best."))]
+        np.savez(file, **kept)
+    elif how == "truncated":
         file.write_bytes(content[: len(content) // 2])
     elif how == "flipped":
         content[len(content) // 2] ^= 0xFF
         file.write_bytes(content)
     else:
-        file.unlink()
+        file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "empty"])
 def test_a_damaged_checkpoint_is_refused_and_the_older_one_taken(prepared, tmp_path, capsys, how):
     whole = loop.train(prepared, CONFIG, "sevo-adamw", tmp_path)
     expected = leaves(tmp_path, 6)
     older = leaves(tmp_path, 4)
-    damage(tmp_path / "checkpoints" / "6", how)
-    with pytest.raises(CheckpointError, match=r"checkpoints/6 (cannot be read|is damaged)"):
+    damage(tmp_path / "checkpoints" / "6.npz", how)
+    with pytest.raises(CheckpointError, match=r"checkpoints/6\.npz (cannot be read|is damaged)"):
         Checkpoints(tmp_path).load(6)
     loaded = load_run(tmp_path, "last")
     assert loaded.epoch == 4
@@ -158,7 +162,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_taken(prepared, tmp_p
     assert_same(expected, leaves(tmp_path, 6))
 
     for epoch in (4, 6):
-        damage(tmp_path / "checkpoints" / str(epoch), how)
+        (tmp_path / "checkpoints" / f"{epoch}.npz").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match="there is no other; train again with --overwrite"):
         load_run(tmp_path)
 
@@ -171,22 +175,37 @@ def test_what_is_no_run_is_refused(prepared, tmp_path):
         load_run(tmp_path, "first")
     run = json.loads((tmp_path / "run.json").read_text())
     for changed, message in [
-        ({"format": 99}, "has format 99, but this version reads 1"),
+        ({"format": 99}, r"later version of this program \(format 99; known are those up to 2\): update it"),
+        ({"format": "two"}, "its format is 'two', not a number"),
+        ({"num_items": "many"}, "num_items must be a number of at least 1, got 'many'"),
+        ({"config": run["config"] | {"model": "gru"}}, r"run\.json does not fit this version .*gru"),
+        (
+            {"config": run["config"] | {"num_heads": 0}},
+            r"run\.json does not fit this version .*num_heads must be at least 1",
+        ),
+        ({"config": run["config"] | {"num_heads": 3}}, r"run\.json describes no model .*num_heads must divide"),
+        ({"config": run["config"] | {"epochs": "x"}}, r"run\.json does not fit this version"),
+        ({"config": []}, r"run\.json does not fit this version"),
         ({"config": run["config"] | {"wings": 2}}, "unknown option wings"),
-        ({"num_items": 7}, "belongs to another model or catalogue"),
+        ({"num_items": 7}, r"items\.npz belongs to another run"),
         ({"config": run["config"] | {"num_blocks": 2}}, "belongs to another model"),
     ]:
         (tmp_path / "run.json").write_text(json.dumps(run | changed))
         with pytest.raises(CheckpointError, match=message):
             load_run(tmp_path)
-    for text in ("", "[1]", '{"half":'):
+    for text in ("", "[1]", '{"half":', "[" * 10**5, '{"name": "of something else"}'):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(CheckpointError, match="was not written by a training run"):
             load_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps(run))
-    (tmp_path / "items.npz").write_bytes(b"PK")
-    with pytest.raises(CheckpointError, match=r"items\.npz cannot be read"):
-        load_run(tmp_path)
+    items = (tmp_path / "items.npz").read_bytes()
+    flipped = bytearray(items)
+    flipped[len(items) // 2] ^= 0xFF
+    for content in (b"", b"PK", items[: len(items) // 2], items[:-1], bytes(flipped)):
+        (tmp_path / "items.npz").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"items\.npz (cannot be read|belongs to another)") as caught:
+            load_run(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_best_and_the_last_model(prepared, tmp_path, interactions):
@@ -195,7 +214,7 @@ def test_the_best_and_the_last_model(prepared, tmp_path, interactions):
     best, last = load_run(tmp_path), load_run(tmp_path, "last")
     assert (best.epoch, last.epoch) == (result.best_epoch, 40)
     np.testing.assert_array_equal(best.item_ids, interactions.item_ids)
-    from models import metrics
+    from models.evaluation import metrics
 
     def tested(run):
         return metrics.summarize(jax.jit(prepared.test.ranks)(run.model))

@@ -9,14 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from models.data import (
-    Interactions,
-    UnseenItems,
-    drifting_interests,
-    leave_one_out,
-    pack,
-    read_sequences,
-)
+from models.data import Interactions, drifting_interests, leave_one_out, read_sequences
+from models.feeds import NegativeSampler, pack
 
 BEAUTY = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "beauty.txt"
 
@@ -216,10 +210,10 @@ class TestPack:
             pack(interactions, **({"max_length": 5, "batch_size": 5} | {name: 0}))
 
 
-class TestUnseenItems:
+class TestNegativeSampler:
     def test_draws_unseen_items_uniformly(self):
         data = Interactions.from_sequences([[3, 1, 7, 3, 12], [12, 11, 10], [5]], num_items=12)
-        unseen = UnseenItems.from_interactions(data)
+        unseen = NegativeSampler.from_interactions(data)
         draws = np.asarray(unseen.sample(jax.random.key(0), jnp.repeat(jnp.arange(3), 20_000))).reshape(3, -1)
         for user, sequence in enumerate(data):
             allowed = sorted(set(range(1, 13)) - set(sequence.tolist()))
@@ -229,11 +223,11 @@ class TestUnseenItems:
 
     def test_long_lists(self):
         sequence = np.setdiff1d(np.arange(1, 3001), [1, 1500, 3000])
-        unseen = UnseenItems.from_interactions(Interactions.from_sequences([sequence], num_items=3000))
+        unseen = NegativeSampler.from_interactions(Interactions.from_sequences([sequence], num_items=3000))
         draws = unseen.sample(jax.random.key(0), jnp.zeros((10, 30), jnp.int32))
         assert draws.shape == (10, 30)
         assert set(np.asarray(draws).ravel().tolist()) == {1, 1500, 3000}
 
     def test_refuses_users_who_know_everything(self):
         with pytest.raises(ValueError, match="user 2 has interacted with all 3 items"):
-            UnseenItems.from_interactions(Interactions.from_sequences([[1], [1, 2, 3]]))
+            NegativeSampler.from_interactions(Interactions.from_sequences([[1], [1, 2, 3]]))

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.architectures.base import Encoded, Recommender
+from models.architectures.registry import make_config
+from models.architectures.sasrec import SASRec
 from models.data import Interactions, drifting_interests, leave_one_out
-from models.sasrec import SASRec
-from models.training.evaluation import FullRanking
+from models.evaluation.ranking import FullRanking
 from tests.models.test_sasrec import alone
 
 
@@ -15,7 +17,7 @@ def naive_ranks(model, history, targets, max_length):
     graphdef, params = nnx.split(model)
     encode = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
     ranks = []
-    table = np.asarray(model.output_layer()[0])
+    table = np.asarray(model.items()[0])
     for sequence, target in zip(history, targets, strict=True):
         known = sequence[-max_length:]
         hidden = np.asarray(encode(params, alone(known, max_length)))[0, len(known) - 1]
@@ -33,31 +35,36 @@ def split():
 def test_ranks_equal_sorting_by_hand(split, max_length, chunk_size):
     model = SASRec(40, max_length=max_length, embedding_dim=8, rngs=nnx.Rngs(0))
     ranking = FullRanking.prepare(
-        split.test_history, split.test, model=SASRec, max_length=max_length, batch_size=20, chunk_size=chunk_size
+        split.test_history,
+        split.test,
+        model=SASRec,
+        config=make_config("sasrec", max_length=max_length),
+        chunk_size=chunk_size,
     )
     expected = naive_ranks(model, split.test_history, split.test, max_length)
-    assert np.asarray(ranking.ranks(model)).tolist() == expected
+    assert np.asarray(ranking.ranks(model, {})).tolist() == expected
 
 
-class Constant(nnx.Module):
+class Constant(Recommender):
     """Scores every item alike, or as told."""
 
     def __init__(self, scores, dtype=jnp.float32):
         self.vectors, self.dtype = nnx.data(jnp.asarray(scores, jnp.float32)[:, None]), dtype
 
-    def __call__(self, batch, key=None):
-        return jnp.ones((*batch.inputs.shape, 1), self.dtype)
+    def encode(self, batch, represented=None, key=None, candidates=None):
+        return Encoded(jnp.ones((*batch.inputs.shape, 1), self.dtype))
 
-    def output_layer(self):
+    def items(self, represented=None):
         return self.vectors, jnp.zeros(len(self.vectors))
 
 
+SHORT = make_config("sasrec", max_length=4)
 HISTORY = Interactions.from_sequences([[1, 2, 2], [6]], num_items=6)
 
 
 def ranks(scores, targets):
-    ranking = FullRanking.prepare(HISTORY, np.array(targets), model=SASRec, max_length=4)
-    return np.asarray(ranking.ranks(Constant(scores))).tolist()
+    ranking = FullRanking.prepare(HISTORY, np.array(targets), model=SASRec, config=SHORT)
+    return np.asarray(ranking.ranks(Constant(scores), {})).tolist()
 
 
 def test_history_is_not_ranked():
@@ -80,12 +87,12 @@ def test_nan_finds_nothing():
 
 def test_seen_items_are_ranked_on_request(split):
     model = SASRec(40, max_length=8, embedding_dim=8, rngs=nnx.Rngs(1))
-    options = {"model": SASRec, "max_length": 8, "chunk_size": 16}
+    options = {"model": SASRec, "config": make_config("sasrec", max_length=8), "chunk_size": 16}
     everything = FullRanking.prepare(split.test_history, split.test, exclude_seen=False, **options)
     unseen = FullRanking.prepare(split.test_history, split.test, **options)
     assert "history ranked too" in everything.protocol
     assert "history not ranked" in unseen.protocol
-    table = np.asarray(model.output_layer()[0])
+    table = np.asarray(model.items()[0])
     graphdef, params = nnx.split(model)
     encode = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
     for user, (sequence, target) in enumerate(zip(split.test_history, split.test, strict=True)):
@@ -94,17 +101,17 @@ def test_seen_items_are_ranked_on_request(split):
         scores = table @ np.asarray(encode(params, alone(sequence[-8:], 8)))[0, len(sequence[-8:]) - 1]
         order = [item for item in np.argsort(-scores, kind="stable") if item]
         fresh = [item for item in order if item not in sequence]
-        assert everything.ranks(model)[user] == order.index(target)
-        assert np.asarray(everything.top_items(model, 7))[user].tolist() == order[:7]
-        assert np.asarray(unseen.top_items(model, 7))[user].tolist() == fresh[:7]
-        filled = np.asarray(unseen.top_items(model, 1000))[user]
+        assert everything.ranks(model, {})[user] == order.index(target)
+        assert np.asarray(everything.top_items(model, {}, 7))[user].tolist() == order[:7]
+        assert np.asarray(unseen.top_items(model, {}, 7))[user].tolist() == fresh[:7]
+        filled = np.asarray(unseen.top_items(model, {}, 1000))[user]
         assert filled.tolist() == fresh + [0] * (40 - len(fresh))
 
 
 def test_top_items_of_equal_scores():
     def top(scores, k=6):
-        ranking = FullRanking.prepare(HISTORY, np.array([3, 3]), model=SASRec, max_length=4)
-        return np.asarray(ranking.top_items(Constant(scores), k)).tolist()
+        ranking = FullRanking.prepare(HISTORY, np.array([3, 3]), model=SASRec, config=SHORT)
+        return np.asarray(ranking.top_items(Constant(scores), {}, k)).tolist()
 
     assert top([9, 0, 0, 1, 0, 2, 0], 4) == [[5, 3, 4, 6], [5, 3, 1, 2]]
     assert top([9] * 7) == [[3, 4, 5, 6, 0, 0], [1, 2, 3, 4, 5, 0]]
@@ -112,15 +119,15 @@ def test_top_items_of_equal_scores():
 
 def test_half_precision_ends_before_the_scores():
     scores = 1 + np.array([0, 3, 2, 1, 5, 6, 4]) * 2.0**-20
-    ranking = FullRanking.prepare(HISTORY, np.array([6, 2]), model=SASRec, max_length=4)
+    ranking = FullRanking.prepare(HISTORY, np.array([6, 2]), model=SASRec, config=SHORT)
     model = Constant(scores, jnp.bfloat16)
-    assert np.asarray(ranking.ranks(model)).tolist() == [2, 3]
-    assert np.asarray(ranking.top_items(model, 3)).tolist() == [[5, 4, 6], [5, 4, 1]]
+    assert np.asarray(ranking.ranks(model, {})).tolist() == [2, 3]
+    assert np.asarray(ranking.top_items(model, {}, 3)).tolist() == [[5, 4, 6], [5, 4, 1]]
 
 
 def test_scores_never_exist_whole(split):
-    ranking = FullRanking.prepare(split.test_history, split.test, model=SASRec, max_length=4, chunk_size=16)
-    for program in (ranking.ranks, lambda model: ranking.top_items(model, 3)):
+    ranking = FullRanking.prepare(split.test_history, split.test, model=SASRec, config=SHORT, chunk_size=16)
+    for program in (lambda model: ranking.ranks(model, {}), lambda model: ranking.top_items(model, {}, 3)):
         text = jax.jit(lambda program=program: program(Constant(np.ones(41)))).lower().as_text()
         assert "tensor<16x41xf32>" in text
         assert "tensor<70x41xf32>" not in text

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
-from models.export import PLATFORMS, export_scores, usage, write_export
-from models.inference import Recommender
+from models.serving.export import PLATFORMS, export_scores, usage, write_export
+from models.serving.trained import TrainedModel
 from models.training.checkpoints import load_run
 from tests.models.saved_runs import save_run, small_data
 
@@ -58,7 +58,7 @@ def right_padded(histories):
 
 def test_scores_as_the_recommender_does(exported):
     run, _, histories, _, scores = exported
-    recommender = Recommender(run.model, IDS, run.info.config.max_length)
+    recommender = TrainedModel(run.model, IDS, run.info.config)
     found = recommender.recommend([IDS[row[row > 0]] for row in histories], k=40, exclude_seen=False)
     expected = np.full((60, 41), -np.inf, np.float32)
     for row, one in zip(expected, found, strict=True):
@@ -71,7 +71,7 @@ def test_scores_as_the_recommender_does(exported):
 
 def test_usage_recommends(exported):
     run, _, _, printed, _ = exported
-    recommender = Recommender(run.model, IDS, run.info.config.max_length)
+    recommender = TrainedModel(run.model, IDS, run.info.config)
     (expected,) = recommender.recommend([["item 1", "item 2", "item 3"]], exclude_seen=False)
     assert printed.replace("\n", " ").split("'")[1::2] == expected.items
 

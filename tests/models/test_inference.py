@@ -6,15 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from models import inference
 from models.__main__ import main
-from models.commands import read_titles
-from models.data import Interactions, item_numbers, leave_one_out
-from models.inference import Recommender, evaluate, in_catalogue
+from models.config import SourceConfig
+from models.data import Interactions, item_numbers, leave_one_out, load_interactions, read_titles
+from models.evaluation.ranking import FullRanking
+from models.serving import trained as serving
+from models.serving.trained import TrainedModel, evaluate, in_catalogue
 from models.training import loop
 from models.training.checkpoints import CheckpointError, load_run
-from models.config import TrainConfig
-from models.training.evaluation import FullRanking
 from models.training.prepare import prepare
 from tests.models.saved_runs import CONFIG, save_run, small_data
 
@@ -33,7 +32,7 @@ def sasrec(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recommender(sasrec):
-    return Recommender.load(sasrec)
+    return TrainedModel.load(sasrec)
 
 
 def raw(interactions):
@@ -41,14 +40,16 @@ def raw(interactions):
 
 
 def test_recommends_in_the_order_of_the_evaluation(run, monkeypatch):
-    monkeypatch.setattr(inference, "USERS_AT_ONCE", 16)
-    monkeypatch.setattr(inference, "SHORTEST_ROW", 4)  # rows of 4 (sasrec only), 8 and 12
+    monkeypatch.setattr(serving, "USERS_AT_ONCE", 16)
+    monkeypatch.setattr(serving, "SHORTEST_ROW", 4)  # rows of 4 (sasrec only), 8 and 12
     loaded = load_run(run)
     split = leave_one_out(small_data(IDS))
     assert split.test_history.lengths.max() > CONFIG.max_length > split.test_history.lengths.min()
-    ranking = FullRanking.prepare(split.test_history, split.test, model=type(loaded.model), max_length=12)
-    ranks, best = jax.jit(lambda ranking: (ranking.ranks(loaded.model), ranking.top_items(loaded.model, 9)))(ranking)
-    found = Recommender.load(run).recommend(raw(split.test_history), k=40)
+    ranking = FullRanking.prepare(split.test_history, split.test, model=type(loaded.model), config=loaded.info.config)
+    ranks, best = jax.jit(lambda ranking: (ranking.ranks(loaded.model, {}), ranking.top_items(loaded.model, {}, 9)))(
+        ranking
+    )
+    found = TrainedModel.load(run).recommend(raw(split.test_history), k=40)
     assert [one.items[:9] for one in found] == IDS[best].tolist()
     assert [one.items.index(IDS[item]) for one, item in zip(found, split.test, strict=True)] == ranks.tolist()
     for one, history in zip(found, raw(split.test_history), strict=True):
@@ -58,7 +59,7 @@ def test_recommends_in_the_order_of_the_evaluation(run, monkeypatch):
 
 
 def test_seen_items_on_request(run):
-    recommender = Recommender.load(run)
+    recommender = TrainedModel.load(run)
     histories = raw(small_data(IDS))[:4]
     without = recommender.recommend(histories, k=40)
     with_seen = recommender.recommend(histories, k=40, exclude_seen=False)
@@ -103,7 +104,8 @@ def test_a_known_catalogue_without_new_items(recommender):
 
 @pytest.mark.parametrize("ids", [np.arange(41) * 10, np.array(["", *map(str, range(10, 410, 10))])])
 def test_numbers_and_text(sasrec, recommender, ids):
-    renamed = Recommender(load_run(sasrec).model, ids, max_length=12)
+    loaded = load_run(sasrec)
+    renamed = TrainedModel(loaded.model, ids, loaded.info.config)
     histories = [[10, 20], ["10", "20"], np.array([10, 20]), (np.int64(10), np.str_("20"))]
     found = renamed.recommend([*histories, [10, "20", 10.5, None]], k=3)
     assert all(one.items == found[0].items for one in found)
@@ -116,7 +118,7 @@ def test_numbers_and_text(sasrec, recommender, ids):
 
 
 def test_few_shapes_are_compiled(sasrec):
-    recommender = Recommender.load(sasrec)
+    recommender = TrainedModel.load(sasrec)
     histories = [history[:5] for history in raw(small_data(IDS))]
     for count, k in [(60, 10), (57, 3), (33, 16), (64, 1)]:
         recommender.recommend((histories * 2)[:count], k=k)
@@ -129,6 +131,8 @@ def test_few_shapes_are_compiled(sasrec):
         ([["item 1"]], 0, "k must be at least 1, got 0"),
         (["item 1"], 3, r"number 0 is 'item 1'; for a single user give \[history\]"),
         ([["item 1"], 7], 3, "number 1 is 7"),
+        ([["item 1"], [["item 2", "item 3"]]], 3, r"number 1 holds \['item 2', 'item 3'\]"),
+        ([[{"id": 3}]], 3, "ids of items, numbers or text, but number 0 holds"),
     ],
 )
 def test_bad_requests(recommender, histories, k, message):
@@ -137,12 +141,12 @@ def test_bad_requests(recommender, histories, k, message):
 
 
 def test_best_and_last(run, tmp_path):
-    best, last = (Recommender.load(run, which).recommend([["item 1"]], k=40)[0] for which in ("best", "last"))
+    best, last = (TrainedModel.load(run, which).recommend([["item 1"]], k=40)[0] for which in ("best", "last"))
     assert best.items != last.items
     with pytest.raises(CheckpointError, match="holds no run"):
-        Recommender.load(tmp_path)
+        TrainedModel.load(tmp_path)
     with pytest.raises(ValueError, match="best or last"):
-        Recommender.load(run, "worst")
+        TrainedModel.load(run, "worst")
 
 
 def call(capsys, *arguments):
@@ -227,7 +231,7 @@ def test_recommend_to_every_user_of_a_file(sasrec, recommender, tmp_path, capsys
         (["--histories", "none.csv"], "none.csv does not exist"),
         (["--history", "item 1", "--titles", "none.tsv"], "titles: none.tsv does not exist"),
         (["--history", "item 1", "--titles", "titles.csv"], "title_item_column: titles.csv has no column 'item_id'"),
-        (["--history", "item 1", "--titles", "bad.csv"], "titles: bad.csv cannot be read as a table"),
+        (["--history", "item 1", "--titles", "bad.csv"], "titles: bad.csv, line 2, is not UTF-8 text"),
     ],
 )
 def test_bad_options(sasrec, tmp_path, monkeypatch, capsys, options, message):
@@ -258,8 +262,8 @@ def trained(tmp_path_factory):
         per_user=True,
         epochs=1,
         min_item_interactions=2,
-    ).resolved()
-    result = loop.train(prepare(config.load_interactions(), config), config, "adamw", folder / "run")
+    )
+    result = loop.train(prepare(load_interactions(config), config), config, "adamw", folder / "run")
     return folder / "run", result
 
 
@@ -287,7 +291,7 @@ def test_evaluate_gives_what_training_gave(trained, tmp_path, capsys):
 def test_evaluate_otherwise(trained, capsys):
     run, result = trained
     expected = evaluate(
-        load_run(run), leave_one_out(TrainConfig(data=run.parent / "data.csv").load_interactions()), ks=[3]
+        load_run(run), leave_one_out(load_interactions(SourceConfig(data=run.parent / "data.csv"))), ks=[3]
     )
     printed, _ = call(capsys, "evaluate", "--checkpoint", run, "--ks", 3, "--exclude-seen")
     assert "  ".join(f"{name} {value:.4f}" for name, value in expected.metrics.items()) in printed

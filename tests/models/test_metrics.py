@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import metrics
+from models.evaluation import metrics
 
 
 def test_summary_against_the_definition():

@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from models import presets
-from models.config import TrainConfig
+from models.__main__ import main
+from models.architectures.registry import config_from_dict, make_config
+from models.training import compare, loop
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "sevo_hyperparameters.csv"
 NAMES = {
@@ -29,7 +31,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", presets.names())
 def test_every_preset_is_a_run(name):
-    config = TrainConfig.from_dict(presets.load_preset(name)).resolved()
+    config = config_from_dict(presets.load_preset(name))
     assert name.startswith(config.model)
 
 
@@ -40,7 +42,7 @@ def test_presets_are_the_published_settings(model, dataset):
         pytest.skip(f"the published settings are not beside this clone: {PUBLISHED.name}")
     with PUBLISHED.open() as file:
         (row,) = [row for row in csv.DictReader(file) if (row["model"], row["dataset"]) == (model, dataset)]
-    config = TrainConfig.from_dict(presets.load_preset(f"{model.lower()}-{dataset}")).resolved()
+    config = config_from_dict(presets.load_preset(f"{model.lower()}-{dataset}"))
     for theirs, ours in NAMES.items():
         if row[theirs]:
             assert getattr(config, ours) == float(row[theirs]), ours
@@ -49,8 +51,7 @@ def test_presets_are_the_published_settings(model, dataset):
 
 def test_the_defaults_are_the_presets_for_beauty():
     for model in ["sasrec", "bert4rec"]:
-        preset = TrainConfig.from_dict(presets.load_preset(f"{model}-beauty")).resolved()
-        assert preset == TrainConfig(model=model).resolved()
+        assert config_from_dict(presets.load_preset(f"{model}-beauty")) == make_config(model)
 
 
 def test_a_file_of_ones_own(tmp_path):
@@ -63,17 +64,37 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch: 3", "unknown field 'epoch'; did you mean 'epochs'"),
+        ("epoch: 3", "bad.yaml: unknown field 'epoch'; did you mean 'epochs'?"),
         ("zzz: 3", "unknown field 'zzz'; the fields are the options of"),
-        ("epochs: many", "epochs must be a whole number or null, got 'many'"),
-        ("epochs: 2.5", "epochs must be a whole number or null, got 2.5"),
-        ("epochs: true", "epochs must be a whole number or null, got True"),
-        ("learning_rate: fast", "learning_rate must be a number or null, got 'fast'"),
-        ("model: gru", "model must be one of sasrec, bert4rec, got 'gru'"),
-        ("header: 1", "header must be true or false, got 1"),
-        ("data: 3", "data must be a path or null, got 3"),
-        ("ks: 10", "ks must be a list, each a whole number, got 10"),
-        ("split_quantiles: [0.5]", "split_quantiles must be a list, each a number, got [0.5]"),
+        ("1: 3", "unknown field '1'"),
+        ("epochs: many", "epochs should be a valid integer, got 'many'"),
+        ("epochs: 2.5", "epochs should be a valid integer, got 2.5"),
+        ("epochs: true", "epochs should be a valid integer, got True"),
+        ("epochs: {a: 1}", "epochs should be a valid integer, got {'a': 1}"),
+        ("epochs: !!int x", "is not YAML: invalid literal for int() with base 10: 'x'"),
+        ("learning_rate: fast", "learning_rate should be a valid number, got 'fast'"),
+        ("learning_rate: .inf", "learning_rate should be a finite number, got inf"),
+        ("b1: .nan", "b1 should be a finite number, got nan"),
+        ("model: gru", "bad.yaml: model must be one of sasrec, bert4rec"),
+        ("optimizer: lion", "optimizer should be 'adamw', 'sevo-adamw', 'sevo-gradient'"),
+        ("header: 1", "header should be a valid boolean, got 1"),
+        ("data: 3", "data should be a valid string, got 3"),
+        ("ks: 10", "ks should be a list, got 10"),
+        ("ks: [1, x]", "ks 2 should be a valid integer, got 'x'"),
+        ("split_quantiles: [0.5]", "split_quantiles 2 is missing"),
+        (
+            "split_quantiles: [0.5, 0.6, 0.7]",
+            "split_quantiles: tuple should have at most 2 items, not 3, got [0.5, 0.6",
+        ),
+        ("seed: 010", "seed should be a valid integer, got '010'"),
+        ("epochs: 3\nepochs: 4", "line 2 is not YAML: 'epochs' stands there twice"),
+        ("split_times: !!timestamp 2020-13-01", "is not YAML: month must be in 1..12"),
+        ('user_column: "a\\0b"', "a text must not hold a NUL character, got 'a\\x00b'"),
+        ('user_column: "\\ud800"', "a text must be text in UTF-8, got '\\ud800'"),
+        ("user_column: \x01", "is not YAML: special characters are not allowed"),
+        ("ks: " + "[" * 2000 + "]" * 2000, "is nested too deeply"),
+        ("ks: &a [*a]", "holds more than 1,000,000 values, aliases counted"),
+        ("ks: !!python/object:os.system {}", "could not determine a constructor for the tag"),
         ("- 1\n- 2", "must hold lines 'name: value', got list"),
         ("", "must hold lines 'name: value', got NoneType"),
         ("epochs: 3\nmodel: [sasrec", "line 3 is not YAML"),
@@ -86,6 +107,39 @@ def test_bad_files(tmp_path, text, message):
         presets.load_preset(path)
     assert message in str(caught.value)
     assert "bad.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_dates_and_clocks_stay_text(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("split: global-time\nsplit_times: [2020-12-01, 10:30]\nexclude_seen: no\n")
+    expected = {"split": "global-time", "split_times": ("2020-12-01", "10:30"), "exclude_seen": False}
+    assert presets.load_preset(path) == expected
+
+
+def test_month_13_is_refused_by_its_field(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("split: global-time\nsplit_times: [2020-13-01, 2021-01-01]\n")
+    (tmp_path / "data.csv").write_text("user,item,time\n1,1,1\n1,2,2\n1,3,3\n")
+    options = ["--data", str(tmp_path / "data.csv"), "--output-dir", str(tmp_path / "out")]
+    assert main(["train", "--preset", str(path), *options]) == 2
+    assert "split_times must be a number or a date such as 2001-12-31, got '2020-13-01'" in capsys.readouterr().err
+
+
+def test_an_optimizer_may_stand_in_a_preset(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("optimizer: sevo-gradient\nepochs: 3\n")
+    trained = []
+    monkeypatch.setattr(loop, "train", lambda prepared, config, optimizer, *_, **__: trained.append(optimizer) or 1 / 0)
+    for given in [[], ["--optimizer", "adamw"]]:
+        with pytest.raises(ZeroDivisionError):
+            main(["train", "--preset", str(path), "--output-dir", str(tmp_path / "out"), *given])
+    assert trained == ["sevo-gradient", "adamw"]
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["compare", "--preset", str(path), "--output-dir", str(tmp_path / "out")])
+    assert "note: compare trains every optimizer, not only the preset's sevo-gradient" in capsys.readouterr().err
 
 
 def test_bytes_are_no_yaml(tmp_path):

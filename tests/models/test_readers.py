@@ -1,8 +1,12 @@
 import datetime
 import gzip
+import io
 import json
+import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,9 +15,18 @@ import polars as pl
 import pytest
 
 from models.__main__ import main
-from models.data import item_numbers, load, read_attributes
-from models.data.readers import SUFFIXES
 from models.config import DataFormat, SourceConfig
+from models.data import (
+    ids_from_arrays,
+    ids_to_arrays,
+    ids_usage,
+    item_numbers,
+    load,
+    load_interactions,
+    read_attributes,
+    read_titles,
+)
+from models.data.readers import SUFFIXES
 
 # Users and items out of order, ties in time (user 7 at 30: 12 before 5), and a repeated pair (9, 5).
 ROWS = [(9, 5, 4, 50), (7, 12, 5, 30), (7, 5, 3, 30), (9, 12, 1, 20), (7, 100, 2, 10), (9, 5, 2, 60), (11, 5, 2, 1)]
@@ -112,10 +125,11 @@ class TestFormats:
         assert data.item_ids.tolist() == list(range(10))
         assert data.notes == ("in the order of each line",)
 
-    def test_sequences_and_embedded_data_need_no_polars(self, tmp_path):
+    def test_sequences_and_embedded_data_need_no_polars_and_no_pooch(self, tmp_path):
         path = write(tmp_path / "a.txt", "1 2 3\n")
         code = (
-            f"import sys; from models.data import load; load({str(path)!r}); load(); assert 'polars' not in sys.modules"
+            f"import sys; from models.data import load; load({str(path)!r}); load(); "
+            "assert not {'polars', 'pooch', 'requests'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -150,6 +164,51 @@ class TestColumns:
             "users from 'user', items from 'item', in the order of the file "
             "(no column of times among user, item, mood)",
         )
+
+    UNUSED = "and {} is not in the order of {}, which went unused; if it is the time, give --time-column {}"
+
+    @pytest.mark.parametrize(
+        ("name", "content", "columns"),
+        [
+            ("a.csv", "user,item,when\n1,2,30\n1,3,10\n", ["when"]),
+            ("a.csv", "user,item,moment,rating\n1,2,2001-02-03,5\n1,3,2001-02-02,4\n", ["moment"]),
+            ("a.csv", "user,item,rating\n1,2,1600000001\n1,3,1600000000\n", ["rating"]),
+            ("a.csv", "user,item,bought,sent\n1,2,7,9\n2,1,3,1\n1,3,5,8\n", ["bought", "sent"]),
+            ("a.json", '{"user": 1, "item": 2, "t": 3, "x": [1]}\n{"user": 1, "item": 2, "t": 1.5}\n', ["t"]),
+        ],
+    )
+    def test_a_time_column_that_went_unused_is_told(self, tmp_path, name, content, columns):
+        path = write(tmp_path / name, content)
+        _, warning = load(path).notes
+        assert warning.startswith("warning: no column has a usual name of times, ")
+        assert self.UNUSED.format(path, " or ".join(map(repr, columns)), columns[0]) in warning
+        assert len(load(path, time_column="none").notes) == len(load(path, time_column=columns[0]).notes) == 1
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "user,item,when\n1,2,10\n2,5,1\n1,3,30\n",  # in order inside each user
+            "user,item,row,when\n1,2,1,30\n1,3,2,10\n",  # in the order of another column
+            "user,item,rating\n1,2,5\n1,3,4\n",
+            "user,item,title\n1,2,b\n1,3,a\n",
+            "user,item,when\n1,2,30\n2,3,10\n",  # no user has an order
+        ],
+    )
+    def test_no_warning(self, tmp_path, content):
+        assert len(load(write(tmp_path / "a.csv", content)).notes) == 1
+
+    def test_an_unused_time_column_of_parquet(self, tmp_path):
+        days = [datetime.date(2001, 1, 2), datetime.date(2001, 1, 1)]
+        path = write_parquet(tmp_path / "a.parquet", user=[1, 1], item=[1, 2], day=days, tags=[["a"], ["b"]])
+        assert "'day', which went unused" in load(path).notes[1]
+
+    def test_warnings_are_lines_of_their_own(self, tmp_path, capsys):
+        path = write(tmp_path / "a.csv", "user,item,when\n1,2,30\n1,3,10\n1,4,20\n")
+        assert main(["graph", "--data", str(path), "--part", "all", "--output-dir", str(tmp_path / "out")]) == 0
+        out, err = capsys.readouterr()
+        assert err.startswith("warning: no column has a usual name of times")
+        assert err.count("\n") == 1
+        assert "warning:" not in out
 
     def test_the_most_usual_name_is_taken(self, tmp_path):
         path = write(tmp_path / "a.csv", "asin,item_id,date,timestamp,user,reviewerID\n1,2,3,4,5,6\n")
@@ -264,6 +323,182 @@ class TestIds:
 
         assert np.argwhere(np.asarray(graph.load(out / "weights.npz").todense())).tolist() == [[2, 3], [3, 2]]
 
+    @pytest.mark.parametrize(("ids", "numbers"), [(["7"], [1]), ([" 7"], [1]), (["007", "7.0", "+7", "1_0"], [0] * 4)])
+    def test_text_finds_integers_spelled_in_the_usual_way(self, ids, numbers):
+        assert item_numbers(np.array([0, 7, 10]), ids).tolist() == numbers
+
+    def test_spaces_at_the_ends_are_told(self, tmp_path):
+        data = load(write(tmp_path / "a.csv", "user,item,time\na,x,1\na ,y,2\na,x  ,3\nb,x,3\nb, x,4\n"))
+        assert data.item_ids[1:].tolist() == [" x", "x", "x  ", "y"]
+        told = "ids of {} differ from another only by spaces at their ends, such as {}; they are kept apart"
+        assert data.notes[1:] == (
+            "warning: 2 user " + told.format("'user'", "'a' and 'a '"),
+            "warning: 3 item " + told.format("'item'", "' x' and 'x'"),
+        )
+
+    @pytest.mark.parametrize("place", ["x\0,1", "1,x\0", "1,\0x"])
+    def test_nul_is_refused(self, tmp_path, place):
+        path = write(tmp_path / "a.csv", f"user,item\n1,x\n{place}\n")
+        with pytest.raises(ValueError, match=r"row 2 .*: the (user|item) id holds a NUL character; remove it"):
+            load(path)
+
+    def test_a_long_id_costs_what_it_is_long(self, tmp_path):
+        long = "é" * 1_000_000
+        rows = [(f"u{i % 7}", f"i{i}") for i in range(2000)] + [("u0", long), (long, "i0")]
+        path = write(tmp_path / "a.csv", text(rows, ",", ["user", "item"]))
+        data = load(path, time_column="none")
+        for ids in (data.item_ids, data.user_ids):
+            assert ids.dtype.kind == "T"
+            assert ids.tolist()[-1] == long
+        assert as_raw(data) == expected([(user, item, None) for user, item in rows])
+        assert item_numbers(data.item_ids, [long, "i0"]).tolist() == [2001, 1]
+
+        arrays = ids_to_arrays(data.item_ids) | ids_to_arrays(data.user_ids, "user_ids")
+        np.savez_compressed(tmp_path / "items.npz", **arrays)
+        with np.load(tmp_path / "items.npz", allow_pickle=False) as file:
+            again = ids_from_arrays(file)
+            assert ids_from_arrays(file, "user_ids").tolist() == data.user_ids.tolist()
+        assert again.dtype == data.item_ids.dtype
+        assert again.tolist() == data.item_ids.tolist()
+        names = {"np": np}
+        exec(ids_usage(data.item_ids, str(tmp_path / "items.npz")), names)
+        assert names["item_ids"].tolist() == data.item_ids.tolist()
+
+    @pytest.mark.parametrize("ids", [np.array([0, 3, 9]), np.array(["", "a", "bé"]), np.array(["", "a", "b"], object)])
+    def test_ids_are_kept_in_files(self, tmp_path, ids):
+        np.savez(tmp_path / "items.npz", **ids_to_arrays(ids))
+        with np.load(tmp_path / "items.npz", allow_pickle=False) as file:
+            assert list(file) == ["item_ids"]
+            assert ids_from_arrays(file).tolist() == ids.tolist()
+
+
+class TestItemTables:
+    """Attributes and titles come through the same reader as interactions."""
+
+    ROWS = (("0001", 'Good, "Bad"', "Drama|War"), ("007", "Ugly", "War"), ("12", "", ""), ("x ", "Té", "Drama"))
+
+    def files(self):
+        names = ("item_id", "title", "genres")
+        quoted = [tuple('"' + cell.replace('"', '""') + '"' for cell in row) for row in self.ROWS]
+        csv = text(quoted, ",", names)
+        tsv = text(self.ROWS, "\t", names)
+        json_text = "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in self.ROWS)
+        typed = text(self.ROWS, "\t", ["item_id:token", "title:token", "genres:token"])
+        frame = pl.DataFrame(dict(zip(names, zip(*self.ROWS, strict=True), strict=True)))
+        parquet = io.BytesIO()
+        frame.write_parquet(parquet)
+        return {
+            "a.csv": csv,
+            "a.csv.gz": csv,
+            "semicolons.csv": text(quoted, ";", names),
+            "a.tsv": tsv,
+            "a.TSV.gz": tsv,
+            "no suffix": tsv,
+            "movies.item": tsv,
+            "recbole.item": typed,
+            "commas.txt": csv,
+            "a.jsonl": json_text,
+            "a.json.gz": json_text,
+            "a.parquet": parquet.getvalue(),
+        }
+
+    def test_every_format_gives_the_same(self, tmp_path):
+        for name, content in self.files().items():
+            path = write(tmp_path / name, content)
+            items, genres = read_attributes(path)
+            found = list(zip(items.tolist(), genres.tolist(), strict=True))
+            assert found == [("0001", "Drama"), ("0001", "War"), ("007", "War"), ("x ", "Drama")], name
+            titles = read_titles(path)
+            assert {item: title for item, title in titles.items() if title} == {
+                "0001": 'Good, "Bad"',
+                "007": "Ugly",
+                "x ": "Té",
+            }, name
+
+    def test_ids_keep_their_zeros_and_their_edges(self, tmp_path, capsys):
+        data = write(tmp_path / "a.csv", "user,item\n1,0001\n1,12\n1,0002\n2,12\n2,0001\n")
+        table = write(tmp_path / "items.csv", "item_id,genres\n0001,A\n0002,A\n12,B\n")
+        out = tmp_path / "out"
+        arguments = ["graph", "--data", data, "--attributes", table, "--output-dir", out]
+        assert main([*map(str, arguments), "--part", "all"]) == 0
+        from sevo_optax import graph
+
+        weights = np.asarray(graph.load(out / "weights.npz").todense())
+        assert np.argwhere(weights).tolist() == [[1, 2], [2, 1]]  # '0001' and '0002'
+
+    def test_lists_and_sequences(self, tmp_path):
+        expected = [(1, "A"), (1, "B"), (3, "B")]
+        lists = {"item_id": [1, 2, 3], "genres": [["A", "B"], [], ["B"]]}
+        write_parquet(tmp_path / "a.parquet", **lists)
+        write(tmp_path / "a.json", json_lines(zip(*lists.values(), strict=True), tuple(lists)))
+        write(tmp_path / "a.item", "item_id:token\tgenres:token_seq\n1\tA B\n2\t\n3\tB\n")
+        columns = {"a.parquet": "genres", "a.json": "genres", "a.item": "genres:token_seq"}
+        for name, column in columns.items():
+            items, genres = read_attributes(tmp_path / name, attribute_column=column)
+            assert list(zip(items.tolist(), genres.tolist(), strict=True)) == expected, name
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.csv", "", r"^titles: .*a.csv is empty"),
+            ("a.csv", "id,name\n1,A\n", "^title_item_column: .*a.csv has no column 'item_id'; it has id, name"),
+            ("a.csv", "item_id,name\n1,A\n", "^title_column: .*a.csv has no column 'title'; it has item_id, name"),
+            ("a.csv", "item_id,title,title\n1,A,B\n", "title_column: .* has several columns 'title'"),
+            ("a.csv", "item_id,title\n1,A\n2,B,C\n", "^titles: .*a.csv, line 3, has 3 fields, but the first"),
+            ("a.csv", b"item_id,title\n1,\xff\n", "^titles: .*a.csv, line 2, is not UTF-8 text"),
+            ("a.json", '{"item_id": 1, "title": ["A"]}\n', "^title_column: 'title' of .* holds lists"),
+            ("a.json", "[" * 100_000, "^titles: .*a.json, line 1, is nested too deeply"),
+            ("a.parquet", "PAR1", "^titles: .*a.parquet cannot be read as parquet"),
+            ("a.csv", "item_id,title\nx\0,A\n", "^titles: .*, row 1 .*: the item id holds a NUL"),
+        ],
+    )
+    def test_refuses(self, tmp_path, name, content, message):
+        path = write(tmp_path / name, content)
+        with pytest.raises(ValueError, match=message) as caught:
+            read_titles(path)
+        assert "\n" not in str(caught.value)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"^attributes: .*/none.tsv does not exist; give a table with one"):
+            read_attributes(tmp_path / "none.tsv")
+        with pytest.raises(FileNotFoundError, match=r"^titles: .* is a folder; give a table"):
+            read_titles(tmp_path)
+
+
+class TestPipes:
+    @pytest.mark.parametrize("name", ["a.csv", "f.json", "g.json.gz", "a.parquet"])
+    def test_a_pipe_is_read(self, tmp_path, name):
+        if name == "a.parquet":
+            write_parquet(tmp_path / name, **dict(zip(NAMES, zip(*ROWS, strict=True), strict=True)))
+        else:
+            write(tmp_path / name, FILES[name])
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        content = (tmp_path / name).read_bytes()
+        writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+        writer.start()
+        data = load(pipe, data_format=SUFFIXES[Path(name.removesuffix(".gz")).suffix])
+        writer.join()
+        assert as_raw(data) == expected(ROWS)
+
+    def test_attributes_and_titles_from_pipes(self, tmp_path):
+        for number, read in enumerate([read_attributes, read_titles]):
+            pipe = tmp_path / str(number)
+            os.mkfifo(pipe)
+            writer = threading.Thread(target=pipe.write_bytes, args=(b"item_id\tgenres\ttitle\n1\tA\tB\n",))
+            writer.start()
+            read(pipe)
+            writer.join()
+
+    def test_standard_input(self):
+        code = "from models.data import load; print(load('/dev/stdin', data_format='csv'))"
+        done = subprocess.run([sys.executable, "-c", code], input=FILES["a.csv"], capture_output=True, text=True)
+        assert done.stdout.startswith("3 users, 3 items, 7 interactions"), done.stderr
+
+    def test_what_is_no_file(self):
+        with pytest.raises(FileNotFoundError, match="/dev/null is no file; give a file of interactions"):
+            load("/dev/null")
+
 
 class TestTimes:
     @pytest.mark.parametrize(
@@ -278,6 +513,26 @@ class TestTimes:
     def test_text(self, tmp_path, times, seconds):
         path = write(tmp_path / "a.csv", "user,item,time\n" + "".join(f"1,{i},{t}\n" for i, t in enumerate(times)))
         assert as_raw(load(path)) == expected([(1, i, second) for i, second in enumerate(seconds)])
+
+    @pytest.mark.parametrize(
+        ("times", "told"),
+        [
+            ([1_600_000_000, 1_600_000_001_000, 1_600_000_002], "2 look like seconds and 1 look like milliseconds"),
+            ([1.6e9, 1.6e15, 5.0], "1 look like seconds and 1 look like microseconds"),
+            ([1_600_000_000, 1_700_000_000, 1_800_000_000], None),
+            ([1, 2, 1_600_000_000_000], None),
+        ],
+    )
+    def test_mixed_units_are_told(self, tmp_path, times, told):
+        path = write(tmp_path / "a.csv", "user,item,ts\n" + "".join(f"1,{i},{t}\n" for i, t in enumerate(times)))
+        warnings = load(path).notes[1:]
+        if told is None:
+            assert warnings == ()
+        else:
+            assert warnings == (
+                f"warning: the times of 'ts' are mixed: {told} since 1970; bring them to one unit, or their order is "
+                "wrong",
+            )
 
     @pytest.mark.parametrize("dtype", [pl.Datetime("ms"), pl.Datetime("ns"), pl.Datetime("us", "Asia/Tokyo"), pl.Date])
     def test_dates_of_parquet(self, tmp_path, dtype):
@@ -320,6 +575,11 @@ class TestTimes:
             ([1.0, None], f"row 2 .*{MISSING}"),
             ([float("nan"), 1.0], "row 1 .*: nan: the time is no finite number"),
             ([3, -1], "row 2 .*: -1: the time is negative"),
+            (
+                pl.Series([1, 2**64 - 1], dtype=pl.UInt64),
+                "row 2 .*: 18446744073709551615: the time does not fit 64 bits",
+            ),
+            ([datetime.time(1), datetime.time(2)], "column 'time' holds Time, but times are numbers or dates"),
             ([True, False], "column 'time' holds Boolean, but times are numbers or dates"),
         ],
     )
@@ -377,6 +637,36 @@ class TestBadFiles:
             ("a.csv", "user,item\n1,x\n1,  \n", "row 2 .*, column 'item': '  ': the item id is missing"),
             ("a.csv", "user,item\n1,2\n\n3,4\n", "row 2 .*, column 'user': the user id is missing"),
             ("a.csv", "user,item\n1,2\n3\n", "row 2 .*, column 'item': the item id is missing"),
+            ("a.json", "[" * 100_000, "line 1, is nested too deeply to be read; the format is one object a line"),
+            ("a.json", '{"user":' * 100_000, "line 1, is nested too deeply"),
+            ("a.json", '{"user": 1, "item": ' + "9" * 5000 + "}", "line 1, is no JSON .*4300 digits"),
+            (
+                "a.json",
+                '{"user": "\\ud800", "item": 2}',
+                r"row 1: 'user' is '\\ud800', which lacks half of a character",
+            ),
+            ("a.json", '{"user": 1, "item": Infinity}', "column 'item': inf: the item id must be an integer or text"),
+            ("a.json", '{"user": 1, "item": 2, "time": true}', "column 'time' holds Boolean, but times are"),
+            ("a.json", "null", "line 1, is no JSON object"),
+            ("a.json", "{}\n{}", "user_column: no column of"),
+            ("a.csv", "\0", r"user_column: no column of .* say which of '\\x00' it is"),
+            ("a.csv", '"', "cannot be read as a table"),
+            ("a.csv", "user,item,item\n1,2,3\n", "item_column: .* has several columns 'item'; rename all but one"),
+            ("a.csv", ",,\n1,2,3\n", "say which of '', '', '' it is"),
+            ("a.csv", f"user,item,time\n1,2,3\n1,2,{'x' * 999}\n", "'x{75}...': the time is no number"),
+            ("a.csv", ",".join(f"c{i}" for i in range(5000)), "say which of c0, c1, .*, c29 and 4970 more it is"),
+            ("a.csv", "\r\r", "is empty"),
+            ("a.csv", b"\x1f\x8b", "is damaged or cut short .*; get the file again"),
+            ("a.txt", "²  1\n", "line 1: '²' is no integer id"),
+            ("a.txt", "1 ++1\n", r"line 1: '\+\+1' is no integer id"),
+            ("a.txt", f"1 2\n2 {'9' * 5000}\n", "line 2: '9{75}...' is no integer id"),
+            ("a.txt", "\0 1 2\n", r"line 1: '\\x00' is no integer id"),
+            ("a.dat", "::", "row 1 .*, column '1': the user id is missing"),
+            (
+                "a.inter",
+                "user_id:token\titem_id:token\ttimestamp:float\n1\t2\tx\n",
+                "'x' is neither a number nor a date",
+            ),
             ("a.xyz", "1 2 3\n", "the suffix of .*a.xyz says nothing of its format; rename it to one of .csv, .tsv"),
             ("none", "1 2 3\n", "or give --data-format {csv,tsv,parquet"),
         ],
@@ -407,6 +697,14 @@ class TestBadFiles:
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
+    def test_a_panic_of_polars_is_one_line_too(self, tmp_path, capfd):
+        path = write_parquet(tmp_path / "a.parquet", user=list(range(500)), item=list(range(500)))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:4] + whole[-600:])  # the footer speaks of bytes that are gone
+        with pytest.raises(ValueError, match=r"a.parquet cannot be read as parquet .*; get or write the file again$"):
+            load(path)
+        assert capfd.readouterr().err == ""
+
     def test_damaged_gzip(self, tmp_path):
         path = write(tmp_path / "a.csv.gz", FILES["a.csv"] * 50)
         data = bytearray(path.read_bytes())
@@ -420,6 +718,19 @@ class TestBadFiles:
             load(tmp_path / "a.csv")
         with pytest.raises(FileNotFoundError, match="is a folder"):
             load(tmp_path)
+        with pytest.raises(ValueError, match=r"cannot be read \(File name too long\); give another file"):
+            load(tmp_path / ("x" * 300))
+        for name in ("a\0b", "a\ud800b"):
+            with pytest.raises(FileNotFoundError, match="does not exist"):
+                load(tmp_path / name)
+
+    @pytest.mark.parametrize("option", ["user_column", "item_column", "time_column", "rating_column"])
+    @pytest.mark.parametrize("name", ["\ud800", "\0", "\n", ""])
+    def test_names_that_are_none(self, tmp_path, option, name):
+        path = write(tmp_path / "a.csv", FILES["a.csv"])
+        with pytest.raises(ValueError, match=f"^{option}: .* has no column .*; it has user_id") as caught:
+            load(path, min_rating=1, **{option: name})
+        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(("ids", "kind"), [([[1], [2]], "List"), ([True, False], "Boolean"), ([b"a", b"b"], "Bin")])
     def test_ids_that_are_none(self, tmp_path, ids, kind):
@@ -441,6 +752,118 @@ class TestBadFiles:
     def test_missing_ids_of_parquet(self, tmp_path, ids, message):
         with pytest.raises(ValueError, match=message):
             load(write_parquet(tmp_path / "a.parquet", user=[1, 2], item=ids))
+
+
+class TestChoosingRows:
+    EVENTS = (
+        ("u1", "a", "view", 5.0, 1),
+        ("u1", "b", "purchase", 3, 2),
+        ("u2", "b", "cart", 4, 1),
+        ("u2", "c", "purchase", 3.5, 3),
+        ("u2", "a", "view", 1, 2),
+    )
+    NAMES = ("user", "item", "event", "rating", "time")
+
+    @pytest.fixture(params=["csv", "tsv", "json", "parquet"])
+    def path(self, request, tmp_path):
+        path = tmp_path / f"a.{request.param}"
+        if request.param == "parquet":
+            columns = [
+                list(map(float, c)) if n == "rating" else c
+                for n, c in zip(self.NAMES, zip(*self.EVENTS, strict=True), strict=True)
+            ]
+            return write_parquet(path, **dict(zip(self.NAMES, columns, strict=True)))
+        if request.param == "json":
+            return write(path, json_lines(self.EVENTS, self.NAMES))
+        return write(path, text(self.EVENTS, "," if request.param == "csv" else "\t", self.NAMES))
+
+    @pytest.mark.parametrize(
+        ("options", "kept"),
+        [
+            ({"min_rating": 3.5}, [0, 2, 3]),
+            ({"min_rating": -1}, range(5)),
+            ({"min_rating": 2, "rating_column": "time"}, [1, 3, 4]),
+            ({"where": ["event=purchase"]}, [1, 3]),
+            ({"where": ("event=purchase", "event=cart")}, [1, 2, 3]),
+            ({"where": ["event=view", "user=u2"]}, [4]),
+            ({"where": ["rating=3.50"]}, [3]),
+            ({"where": ["time=2"], "min_rating": 2}, [1]),
+        ],
+    )
+    def test_rows_that_stay(self, path, options, kept):
+        assert as_raw(load(path, **options)) == expected([self.EVENTS[row] for row in kept])
+
+    def test_what_is_left_out_is_told(self, path):
+        data = load(path, where=["event=purchase", "event=view"], min_rating=3)
+        assert data.notes[1:] == (
+            "event is purchase or view: kept 4 rows",
+            "rating at least 3: 1 rows left out",
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"where": ["event=buy"]}, r"no row of .* has event=buy; its values are 'view', 'purchase', 'cart'$"),
+            ({"where": ["kind=view"]}, "^where: .* has no column 'kind'; it has .*user, item, event, rating, time$"),
+            (
+                {"where": ["event"]},
+                "^where must be column=value, such as event=purchase, got 'event'; the columns are",
+            ),
+            ({"where": ["event="]}, "^where must be column=value"),
+            ({"where": ["event=\ud800"]}, "no row of .* has event=.*; its values are 'view'"),
+            ({"where": ["event=view", "item=b"]}, "^where: no row of .* has item=b; its values are 'a'$"),
+            ({"min_rating": 6}, "^min_rating: no row of .* has a rating of at least 6; the largest in 'rating' is 5"),
+            ({"min_rating": float("nan")}, "^min_rating must be a finite number, got nan"),
+            ({"min_rating": 1, "rating_column": "event"}, "column 'event': 'view': the rating is no number; correct"),
+            (
+                {"min_rating": 1, "rating_column": "x"},
+                "^rating_column: .* has no column 'x'; it has .*user, item, event",
+            ),
+            (
+                {"rating_column": "rating"},
+                "^rating_column: 'rating' is read only to compare with min_rating; give both",
+            ),
+        ],
+    )
+    def test_refuses(self, path, options, message):
+        with pytest.raises(ValueError, match=message):
+            load(path, **options)
+
+    def test_without_a_header_the_third_column_is_the_rating(self, tmp_path):
+        path = write(tmp_path / "ratings.dat", FILES["ratings.dat"])
+        assert as_raw(load(path, min_rating=3)) == expected([row for row in ROWS if row[2] >= 3])
+        assert as_raw(load(path, where=["3=2"])) == expected([row for row in ROWS if row[2] == 2])
+
+    def test_bad_rows_that_are_left_out_do_not_matter(self, tmp_path):
+        path = write(
+            tmp_path / "a.csv", "user,item,event,time\n,,login,\n1,a,buy,5\n1,,search,6\n1,b,buy,4\n1,c,buy,x\n"
+        )
+        with pytest.raises(ValueError, match=r"row 5 .*: 'x': the time is no number"):  # counted in the file
+            load(path, where=["event=buy"])
+        path = write(tmp_path / "b.csv", "user,item,event\n,,login\n1,a,buy\n")
+        assert as_raw(load(path, where=["event=buy"])) == {1: [("a", None)]}
+
+    def test_missing_ratings_and_values(self, tmp_path):
+        path = write(tmp_path / "a.csv", "user,item,rating,event\n1,2,5,\n1,3,,buy\n")
+        with pytest.raises(ValueError, match=r"row 2 .*, column 'rating': the rating is no number"):
+            load(path, min_rating=1)
+        assert as_raw(load(path, where=["event=buy"])) == {1: [(3, None)]}
+
+    def test_no_column_of_ratings(self, tmp_path):
+        path = write(tmp_path / "a.csv", "user,item,opinion\n1,2,5\n")
+        with pytest.raises(
+            ValueError, match=r"^min_rating: no column of .* has a usual name of ratings; say with --rat"
+        ):
+            load(path, min_rating=4)
+        assert as_raw(load(path, min_rating=4, rating_column="opinion")) == {1: [(2, None)]}
+
+    @pytest.mark.parametrize("options", [{"min_rating": 4}, {"where": ["a=b"]}, {"user_column": "x"}])
+    def test_where_there_are_no_columns(self, tmp_path, options):
+        name = next(iter(options))
+        with pytest.raises(ValueError, match=f"^{name}: .*a.txt is read as S3-Rec text, which has no columns"):
+            load(write(tmp_path / "a.txt", "1 2 3\n"), **options)
+        with pytest.raises(ValueError, match=f"^{name}: the embedded data is used, which has no columns"):
+            load(**options)
 
 
 # Whatever a text field may hold; line ends and NUL are left to csv's own rules.
@@ -495,10 +918,19 @@ class TestCommandLine:
         assert status == 0
         assert "users from '1', items from '2', in the order of the file\n" in printed
 
+    def test_choosing_rows(self, tmp_path, capsys):
+        path = write(tmp_path / "a.csv", text(TestChoosingRows.EVENTS, ",", TestChoosingRows.NAMES))
+        options = ["--where", "event=purchase", "event=view", "--min-rating", 3, "--part", "all"]
+        status, printed, _ = self.run(capsys, "graph", "--data", path, *options, "--output-dir", tmp_path / "out")
+        assert status == 0
+        assert "event is purchase or view: kept 4 rows\n" in printed
+        assert "rating at least 3: 1 rows left out\n" in printed
+        assert f"{path}: 2 users, 3 items, 3 interactions" in printed
+
     def test_every_option_of_the_source_is_passed_on(self, tmp_path):
         path = write(tmp_path / "a.xyz", text(ROWS, "\t"))
         config = SourceConfig(data=path, data_format="tsv", header=False, duplicates="last", min_user_interactions=2)
-        assert as_raw(config.load_interactions()) == {7: [(100, 10), (12, 30), (5, 30)], 9: [(12, 20), (5, 60)]}
+        assert as_raw(load_interactions(config)) == {7: [(100, 10), (12, 30), (5, 30)], 9: [(12, 20), (5, 60)]}
 
     @pytest.mark.parametrize(
         ("content", "message"),

@@ -2,6 +2,8 @@ import csv
 import dataclasses
 import json
 import os
+import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import scipy.stats
 import models.training.prepare
 from models import plots
 from models.__main__ import main
+from models.data import load_interactions
 from models.reproduce import Reproduce, runner
 from models.reproduce.cells import Cell, cell_path, portable
 from models.reproduce.report import write_report
@@ -84,7 +87,7 @@ def trained(monkeypatch):
         results = []
         for seed, run in zip(seeds, folders, strict=True):
             run.mkdir(parents=True, exist_ok=True)
-            results.append(invented(config, optimizer, seed))
+            results.append(invented(config, optimizer, seed, together=len(seeds)))
             history = [
                 {"epoch": i, "loss": 1 / i, "seconds": 1, "validation": results[-1].validation}
                 for i in range(1, config.epochs + 1)
@@ -98,12 +101,13 @@ def trained(monkeypatch):
     return calls
 
 
-def invented(config, optimizer, seed):
+def invented(config, optimizer, seed, together=1):
     rng = np.random.default_rng([seed, len(optimizer), round(100 * config.beta)])
     metrics = dict(zip(METRICS, rng.random(len(METRICS)), strict=True))
     fields = {field.name: 0 for field in dataclasses.fields(loop.Result)}
     fields |= {"optimizer": optimizer, "protocol": "guessed", "best_epoch": 2, "device": "cpu", "epoch_seconds": 3.0}
-    return loop.Result(**fields | {"validation": metrics, "test": metrics, "total_seconds": 90.0})
+    fields |= {"total_seconds": 90.0, "seeds_together": together, "format": 1}
+    return loop.Result(**fields | {"validation": metrics, "test": metrics})
 
 
 def reproduce(**options):
@@ -231,15 +235,43 @@ class TestRunner:
         working = loop.train_seeds
 
         def diverging(prepared, config, optimizer, seeds, *arguments, **options):
-            if (config.loss, optimizer) == ("ce", "adamw"):
-                raise loop.DivergedError("the loss is nan")
-            return working(prepared, config, optimizer, seeds, *arguments, **options)
+            results = working(prepared, config, optimizer, seeds, *arguments, **options)
+            if (config.loss, optimizer) == ("ce", "adamw") and seeds[0] == 0:
+                raise loop.DivergedError({0: "the loss is nan"}, [None, *results[1:]])
+            return results
 
         monkeypatch.setattr(loop, "train_seeds", diverging)
-        with pytest.raises(ValueError, match="not finite in tiny-sasrec-ce-adamw"):
-            reproduce(seeds=1)
-        assert len(cells()) == 4
+        with pytest.raises(ValueError, match="tiny-sasrec-ce-adamw failed, see above; the other cells are there"):
+            reproduce(seeds=2)
+        assert cells() == sorted(set(CELLS) - {"tiny-sasrec-ce-adamw-seed0"})
         assert "the loss is nan" in capsys.readouterr().err
+
+    def test_a_diverged_seed_does_not_stop_those_in_its_program(self, folder, trained, monkeypatch):
+        working = loop.train_seeds
+
+        def diverging(prepared, config, optimizer, seeds, *arguments, **options):
+            results = working(prepared, config, optimizer, seeds, *arguments, **options)
+            raise loop.DivergedError({1: "the loss is nan"}, [results[0], None])
+
+        monkeypatch.setattr(compare, "seeds_at_once", lambda count: count)
+        monkeypatch.setattr(loop, "train_seeds", diverging)
+        with pytest.raises(ValueError, match="failed, see above"):
+            reproduce(seeds=2)
+        assert cells() == sorted(x for x in CELLS if x.endswith("seed0"))
+
+    def test_a_run_with_damaged_files_does_not_stop_the_others(self, folder, trained, monkeypatch, capsys):
+        working = loop.train_seeds
+
+        def damaged(prepared, config, optimizer, seeds, folders, **options):
+            if optimizer == "adamw":
+                raise ValueError(f"{folders[0] / 'result.json'} is damaged (it is empty)")
+            return working(prepared, config, optimizer, seeds, folders, **options)
+
+        monkeypatch.setattr(loop, "train_seeds", damaged)
+        with pytest.raises(ValueError, match="tiny-sasrec-bce-adamw, tiny-sasrec-ce-adamw failed"):
+            reproduce(seeds=1)
+        assert len(cells()) == 3
+        assert "result.json is damaged" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -273,6 +305,126 @@ class TestRunner:
         assert jobs[0].config.data == Path("ml-100k")
 
 
+class TestFolders:
+    """A run's folder is found by what the run is."""
+
+    NAME = "tiny-sasrec-bce-sevo-adamw-seed0"
+
+    @pytest.fixture
+    def config(self, folder):
+        return load_table("tiny.yaml").rows[0].families[1].config(data=Path("tiny.txt"))
+
+    @staticmethod
+    def write_run(place, config, *, optimizer="sevo-adamw", epochs=1, without=(), **settings):
+        """A ``run.json`` as the first format had it, with every setting, or without some that came later."""
+        values = {name: x for name, x in (config.to_dict() | settings).items() if name not in without}
+        run = {"format": 1, "optimizer": optimizer, "config": values, "num_items": 20, "data": "0123456789abcdef"}
+        place.mkdir(parents=True)
+        (place / "run.json").write_text(json.dumps(run))
+        (place / "history.jsonl").write_text('{"epoch": 1}\n' * epochs)
+        return place
+
+    def find(self, config, arm="sevo-adamw"):
+        return runner.find_folder(Path("runs"), self.NAME, arm, config)
+
+    def test_a_new_option_changes_nothing(self, config):
+        @dataclasses.dataclass(frozen=True)
+        class Later(type(config)):
+            wings: int = 0
+            engines: int | None = None
+
+        later = Later(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+        assert self.find(later) == self.find(config)
+        assert self.find(dataclasses.replace(later, wings=2)) != self.find(config)
+        assert self.find(dataclasses.replace(config, beta=0.5)) != self.find(config)
+        assert self.find(dataclasses.replace(config, epochs=7)) == self.find(config)
+
+    def test_what_was_begun_under_another_name_goes_on(self, config):
+        usual = self.find(config)
+        begun = self.write_run(Path("runs") / f"{self.NAME}-deadbeef", config, epochs=5)
+        assert self.find(config) == begun
+        assert self.find(dataclasses.replace(config, epochs=9)) == begun
+        Path("else").mkdir()
+        begun.parent.rename("else/tiny")
+        (job, *_), _ = plan(arms=("sevo-adamw",), data_dir=Path(), work_dir=Path("else"))
+        assert job.folder == Path("else/tiny") / begun.name
+        assert usual.name != begun.name
+
+    def test_a_run_without_the_newest_options_goes_on(self, config):
+        begun = self.write_run(Path("runs") / f"{self.NAME}-deadbeef", config, without=("gbce_t", "num_heads"))
+        assert self.find(config) == begun
+        assert self.find(dataclasses.replace(config, gbce_t=0.5)) != begun
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"optimizer": "adamw"}, {"learning_rate": 0.5}, {"seed": 1}, {"data": "other/big.txt"}, {"num_heads": 2}],
+    )
+    def test_other_runs_are_left_alone(self, config, other):
+        begun = self.write_run(Path("runs") / f"{self.NAME}-deadbeef", config, **other)
+        assert self.find(config) != begun
+
+    def test_of_several_the_longest(self, config):
+        self.write_run(self.find(config), config, epochs=2)
+        begun = self.write_run(Path("runs") / f"{self.NAME}-deadbeef", config, epochs=5)
+        self.write_run(Path("runs") / f"{self.NAME}-feedbeef", config, epochs=3)
+        assert self.find(config) == begun
+
+    def test_a_name_that_another_run_has(self, config):
+        usual = self.find(config)
+        self.write_run(usual, config, beta=0.25)
+        assert self.find(config) == usual.with_name(usual.name + "-2")
+        (usual / "run.json").write_text("{")  # whatever it was
+        assert self.find(config) == usual.with_name(usual.name + "-2")
+
+
+class TestFormats:
+    CELLS = sorted((Path(__file__).parents[2] / "results").glob("*/*.json"))
+
+    def test_cells_without_a_format_are_of_the_first(self, folder, trained):
+        assert len(self.CELLS) >= 20
+        assert {Cell.read(path).format for path in self.CELLS} == {1}
+        reproduce(seeds=1)
+        path = Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")
+        written = json.loads(path.read_text())
+        assert written.pop("format") == 1
+        before = Cell.read(path)
+        path.write_text(json.dumps(written))
+        assert Cell.read(path) == before
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"format": 2, "wings": 2}, "later version of this program (format 2; known are those up to 1): update it"),
+            ({"wings": 2}, "holds no cell; delete it, and it will be trained again (got an unexpected keyword"),
+            ({"format": "new"}, "holds no cell; delete it, and it will be trained again (its format is 'new'"),
+        ],
+    )
+    def test_cells_of_later_versions_are_refused(self, folder, trained, change, message):
+        reproduce(seeds=1)
+        path = Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ValueError) as caught:
+            Cell.read(path)
+        assert message in str(caught.value)
+        assert str(path) in str(caught.value)
+
+    def test_a_cell_without_the_newest_options_is_the_run(self, folder, trained):
+        reproduce(seeds=1)
+        path = Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")
+        cell = Cell.read(path)
+        config = {name: x for name, x in cell.config.items() if name not in ("gbce_t", "num_heads")}
+        dataclasses.replace(cell, config=config | {"an_option_of_old": 3}).write(path)
+        reproduce(seeds=1)
+        assert len(trained) == 5
+
+    def test_the_committed_report_is_made_from_the_committed_cells(self, folder, monkeypatch):
+        results = folder / "results"
+        shutil.copytree(self.CELLS[0].parents[1], results)
+        before = (results / "README.md").read_bytes()
+        reproduce(table="3", report=True)
+        assert (results / "README.md").read_bytes() == before
+
+
 @pytest.fixture
 def one_row(folder):
     """The table without its second row."""
@@ -285,7 +437,7 @@ def test_real_training(folder, one_row):
     reproduce(seeds=1, arms=("sevo-adamw",))
     family = load_table("tiny.yaml").rows[0].families[1]
     config = family.config(data="tiny.txt")
-    direct = loop.train(prepare(config.load_interactions(), config), config, "sevo-adamw", folder / "direct")
+    direct = loop.train(prepare(load_interactions(config), config), config, "sevo-adamw", folder / "direct")
     cell = Cell.read(cell_path(Path("results"), "tiny", family, 0))
     assert (cell.variant, cell.arm, cell.settings) == ("bce", "sevo-adamw", {})
     assert cell.test == pytest.approx(direct.test, abs=1e-6)
@@ -346,8 +498,12 @@ class TestReport:
         return folder / "results"
 
     @staticmethod
-    def lines(results, start):
-        text = (results / "README.md").read_text()
+    def text(results):
+        """The report without the blanks that align its tables."""
+        return re.sub(" +", " ", (results / "README.md").read_text())
+
+    def lines(self, results, start):
+        text = self.text(results)
         return [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(start)]
 
     def test_numbers(self, results):
@@ -366,7 +522,7 @@ class TestReport:
         plain, plain_sd = np.mean(ndcg["adamw"]), np.std(ndcg["adamw"], ddof=1)
         assert base[2:6] == ["4", f"{plain:.4f} ± {plain_sd:.4f}", "0.3000", f"{plain - 0.3:+.4f}"]
         assert base[6:8] == [f"{plain_sd / 2:.4f}", "yes" if abs(plain - 0.3) < plain_sd else "no"]
-        line = self.lines(results, "|  | sevo-adamw |")[0]
+        line = self.lines(results, "| | sevo-adamw |")[0]
         assert line[2:6] == ["3", f"{mean:.4f} ± {sd:.4f}", "0.3300 ± 0.0100", f"{mean - 0.33:+.4f}"]
         assert line[6:8] == [f"{error:.4f}", "yes" if abs(mean - 0.33) < 2 * error else "no"]
         assert line[8:] == [f"{gain:+.1%}", "+10.0%", f"{p_value:.2g}"]
@@ -401,7 +557,7 @@ class TestReport:
             best = {"NDCG@10": max(curve.values())}
             dataclasses.replace(Cell.read(path), history=history, config=config, validation=best).write(path)
         reproduce(report=True)
-        text = Path("results/README.md").read_text()
+        text = self.text(Path("results"))
         assert text.count("**sevo-adamw") == text.count("**sevo-adamw (beta 0.5)**") == 1
         header, _, *lines = text[text.index("| validation NDCG@10 after epoch") :].splitlines()[:5]
         assert header == "| validation NDCG@10 after epoch | 10 | 20 | 40 |"
@@ -428,10 +584,10 @@ class TestReport:
             Path(f"results/tiny/tiny-sasrec-{name}-seed0.json").unlink()
         reproduce(seeds=1, arms=("adamw",))
         reproduce(report=True)
-        text = Path("results/README.md").read_text()
+        text = self.text(Path("results"))
         assert "* SASRec on tiny: sevo-adamw\n* SASRec with cross-entropy on tiny: sevo-adamw (beta 0.5)\n" in text
         assert "* SASRec on Beauty\n" in text
-        (line,) = self.lines(folder / "results", "|  | sevo-adamw (beta 0.9) † |")
+        (line,) = self.lines(folder / "results", "| | sevo-adamw (beta 0.9) † |")
         assert line[-3:] == ["–", "–", "–"]  # one epoch is not compared with two
         assert "| sevo-adamw (beta 0.9) †, ours |" in text
 
@@ -450,7 +606,7 @@ class TestReport:
 
     def test_one_published_run_lends_its_deviation(self, folder, trained):
         reproduce(seeds=1)
-        line = self.lines(folder / "results", "|  | sevo-adamw |")[0]
+        line = self.lines(folder / "results", "| | sevo-adamw |")[0]
         assert line[6] == f"{np.sqrt(0.01**2 + 0.01**2 / 3):.4f}"
         (base,) = self.lines(folder / "results", "| SASRec on tiny | adamw ")
         assert base[6:] == ["–"] * 5
@@ -492,28 +648,50 @@ def test_the_published_figures():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("title: A tiny table", "name: A tiny table", "unknown entry 'name'; it may hold title, description"),
+        ("title: A tiny table", "titel: A tiny table", "tiny.yaml: unknown field 'titel'; did you mean 'title'?"),
+        (
+            "title: A tiny table",
+            "name: A tiny table",
+            "unknown field 'name'; the fields are arms, datasets, description",
+        ),
         ("description: Nothing to see.", "", "tiny.yaml: description is missing"),
         (
             "arms: [adamw, sevo-adamw]",
             "arms: [adam]",
-            "arms must be among adamw, sevo-adamw, sevo-gradient, got 'adam'",
+            "arms 1 should be 'adamw', 'sevo-adamw' or 'sevo-gradient', got 'adam'",
         ),
-        ("arms: [adamw, sevo-adamw]", "arms: adamw", "arms must be a list, got 'adamw'"),
+        ("arms: [adamw, sevo-adamw]", "arms: adamw", "arms should be a list, got 'adamw'"),
+        ("arms: [adamw, sevo-adamw]", "arms: []", "arms: list should have at least 1 item, not 0, got []"),
         (
             "    dataset: tiny\n    preset",
             "    dataset: big\n    preset",
-            "row 1: dataset must be one of tiny, got 'big'",
+            "rows 1: dataset must be one of tiny, got 'big'",
         ),
         ("preset: preset.yaml", "preset: sasrec", "preset: 'sasrec' does not exist; give one of bert4rec-beauty"),
-        ("{loss: ce}", "{los: ce}", "row 2: unknown field 'los'; did you mean 'loss'"),
-        ("{loss: ce}", "{dropout_rate: 2}", "row 2: dropout_rate must lie in [0, 1), got 2.0"),
+        ("{loss: ce}", "{los: ce}", "rows 2: settings: unknown field 'los'; did you mean 'loss'?"),
+        ("{loss: ce}", "{dropout_rate: 2}", "rows 2: dropout_rate must lie in [0, 1), got 2.0"),
         ("{loss: ce}", "{}", "two rows are called tiny-sasrec-bce"),
-        ("[0.5, 0.9]", "0.5", "row 2: vary: beta must be a list of values, got 0.5"),
-        ("[0.5, 0.9]", "[0.5, x]", "row 2: vary: beta must be a number, got 'x'"),
-        ("- arm: sevo-adamw", "- arm: sevo", "row 1: published: arm must be among adamw"),
-        ("{file: tiny.txt,", "{path: tiny.txt,", "datasets: tiny: unknown entry 'path'"),
+        ("{loss: ce}", "{seed: 3}", "rows 2: settings: seed must not stand there"),
+        ("{loss: ce}", "3", "rows 2: settings should be a mapping, got 3"),
+        ("[0.5, 0.9]", "0.5", "rows 2: vary: beta should be a list, got 0.5"),
+        ("[0.5, 0.9]", "[]", "rows 2: vary: beta: list should have at least 1 item"),
+        ("[0.5, 0.9]", "[0.5, x]", "rows 2: vary: beta should be a valid number, got 'x'"),
+        ("- arm: sevo-adamw", "- arm: sevo", "rows 1: published 2: arm should be 'adamw'"),
+        ("- arm: sevo-adamw", "- arm: adamw", "rows 1: published: arm adamw stands there twice"),
+        ("metrics: {NDCG@10: 0.33}", "metrics: {HR@1: 0.3}", "published 2: metrics: NDCG@10 is missing"),
+        ("metrics: {HR@10: 0.5,", "metrics: {HR@2: 0.5,", "published 1: metrics: HR@2 should be 'HR@1', "),
+        ("[0.32, 0.34, 0.33]", "[0.32]", "published 2: runs: list should have at least 2 items, not 1"),
+        ("runs: [", "deviation: 1\n        runs: [", "published 2: runs and deviation exclude each other"),
+        ("1: [0.9, 1.0, 1.1]", "1: [0.9, 1.0]", "published 2: losses: 1 3 is missing"),
+        ("1: [0.9, 1.0, 1.1]", "0: [0.9, 1.0, 1.1]", "published 2: losses: 0 should be greater than or equal to 1"),
+        ("deviation: 0.01", "deviation: -1", "published 1: deviation should be greater than or equal to 0, got -1"),
+        ("        num_runs: 5", "", "rows 2: published 1: num_runs is missing"),
+        ("rows:\n", "rows:\n  - 3\n", "rows 1 should be a mapping, got 3"),
+        ("{file: tiny.txt,", "{path: tiny.txt,", "datasets: tiny: unknown field 'path'; the fields are file, public"),
+        ("public: {data: ml-100k}", "public: ml-100k", "datasets: tiny: public should be a mapping, got 'ml-100k'"),
+        ("  tiny: {file: tiny.txt, public: {data: ml-100k}}", "  - tiny", "datasets should be a mapping, got ['tiny']"),
         (TABLE, "rows: [", "is not YAML"),
+        (TABLE, f"rows: {'[' * 2000}{']' * 2000}", "tiny.yaml is nested too deeply"),
     ],
 )
 def test_bad_tables(folder, old, new, message):

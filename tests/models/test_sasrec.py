@@ -6,9 +6,10 @@ import scipy.stats
 from flax import nnx
 
 from models import layers
-from models.data import Batch, drifting_interests, pack
-from models.layers import Attention, Dropout, random_words
-from models.sasrec import SASRec
+from models.architectures.sasrec import SASRec
+from models.data import drifting_interests
+from models.feeds import Batch, pack
+from models.layers import Attention, Dropout, attention, random_words
 
 MAX_LENGTH = 9
 
@@ -217,7 +218,7 @@ def test_long_rows_are_scored_in_parts(monkeypatch):
     model = make_model()
     batch = alone([3, 1, 4, 1, 5, 9, 2])
     whole = np.asarray(model(batch))
-    monkeypatch.setattr(layers, "QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 4)
     np.testing.assert_allclose(model(batch), whole, rtol=1e-5, atol=1e-6)
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
-from models.data import Interactions, UnseenItems, global_time, leave_one_out, make_split, pack
+from models.architectures.sasrec import SASRec
+from models.data import Interactions, global_time, leave_one_out, make_split
 from models.data.splits import seconds_since_1970
-from models.sasrec import SASRec
-from models.training.evaluation import FullRanking
+from models.evaluation.ranking import FullRanking
+from models.feeds import NegativeSampler, pack
 
 # user -> [(time, item)]: in turn with both targets, without history, with a test target only, with times at the cuts.
 USERS = {
@@ -139,7 +140,7 @@ class TestGlobalTime:
     def test_everything_behind_it_works_with_fewer_users(self):
         split = global_time(build(USERS), times=(10, 20))
         assert pack(split.train, max_length=4, batch_size=2).num_tokens == 2
-        unseen = UnseenItems.from_interactions(split.train)
+        unseen = NegativeSampler.from_interactions(split.train)
         assert unseen.offsets.tolist() == [0, 2, 3, 4, 6]
         import flax.nnx as nnx
 

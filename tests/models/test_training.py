@@ -8,15 +8,16 @@ import optax
 import pytest
 from flax import nnx
 
-from models import metrics
+from models.architectures.registry import config_from_dict, make_config, make_model
 from models.compilation import jit
+from models.config import OPTIMIZERS
 from models.data import Interactions, drifting_interests
-from models.losses import binary_cross_entropy, make_loss
-from models.registry import make_model
+from models.evaluation import metrics
+from models.objectives.losses import Loss, binary_cross_entropy, make_loss
+from models.objectives.objective import training_loss
 from models.training import compare, loop
-from models.config import OPTIMIZERS, TrainConfig
 from models.training.files import read_history, write_json
-from models.training.optimizers import make_optimizer, make_schedule, make_stages
+from models.training.optimizers import make_schedule, make_stages
 from models.training.prepare import prepare
 from models.training.program import make_epoch
 from sevo_optax import scale_by_adam_corrected, smooth, smoothness
@@ -33,9 +34,10 @@ def events(file):
         position += length + 16
 
 
-CONFIG = TrainConfig(
+CONFIG = make_config(
     max_length=8, embedding_dim=8, num_blocks=1, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1
-).resolved()
+)
+BCE = Loss(binary_cross_entropy, against_unseen=True)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,9 @@ def prepared():
 
 
 def start(prepared, optimizer):
-    model = make_model(CONFIG, num_items=40, max_length=8, seed=1)
+    model = make_model(CONFIG, num_users=60, num_items=40, seed=1)
     graphdef, params = nnx.split(model, nnx.Param)
-    tx = make_optimizer(optimizer, CONFIG, prepared.adjacency, model.item_tables)
+    tx = optax.named_chain(*make_stages(optimizer, CONFIG, prepared.nodes).items())
     return graphdef, params, tx, tx.init(params)
 
 
@@ -56,21 +58,21 @@ def test_an_epoch_is_its_steps_one_after_the_other(prepared, optimizer):
     key = jax.random.key(4)
 
     shuffle_key, step_key = jax.random.split(key)
-    packed = prepared.packed.shuffle(shuffle_key)
+    packed = prepared.feed.shuffle(shuffle_key)
     expected, state, losses = params, opt_state, []
     for i in range(packed.num_batches):
 
         def loss_fn(p, i=i):
             rngs = jax.random.fold_in(step_key, i)
-            return binary_cross_entropy(nnx.merge(graphdef, p), packed.batch(i), prepared.unseen, rngs)
+            return training_loss(nnx.merge(graphdef, p), BCE, packed.batch(i), {}, prepared.sampler, rngs)
 
         loss, grads = jax.value_and_grad(loss_fn)(expected)
         updates, state = tx.update(grads, state, expected)
         expected = optax.apply_updates(expected, updates)
         losses.append(float(loss))
 
-    got, _, step_losses = jit(make_epoch(graphdef, tx, binary_cross_entropy))(
-        params, opt_state, prepared.packed, prepared.unseen, key
+    got, _, step_losses = jit(make_epoch(graphdef, tx, BCE))(
+        params, opt_state, prepared.feed, prepared.sampler, {}, key
     )
     np.testing.assert_allclose(step_losses, losses, rtol=1e-4)
     # Adam divides by the gradient's size, so where a gradient nearly cancels, rounding decides its sign.
@@ -99,11 +101,11 @@ def test_the_best_epoch_is_tested(prepared, tmp_path):
 
     # Training again and stopping there ends with the parameters that were tested.
     graphdef, params, tx, opt_state = start(prepared, "sevo-gradient")
-    epoch_fn = jit(make_epoch(graphdef, tx, binary_cross_entropy))
+    epoch_fn = jit(make_epoch(graphdef, tx, BCE))
     for epoch in range(1, result.best_epoch + 1):
         key = jax.random.fold_in(jax.random.key(CONFIG.seed), epoch)
-        params, opt_state, _ = epoch_fn(params, opt_state, prepared.packed, prepared.unseen, key)
-    ranks = jax.jit(lambda p: prepared.test.ranks(nnx.merge(graphdef, p)))(params)
+        params, opt_state, _ = epoch_fn(params, opt_state, prepared.feed, prepared.sampler, {}, key)
+    ranks = jax.jit(lambda p: prepared.test.ranks(nnx.merge(graphdef, p), {}))(params)
     assert result.test == pytest.approx(result.test | metrics.summarize(ranks), abs=1e-6)
 
     stored = json.loads((tmp_path / "result.json").read_text())
@@ -123,7 +125,7 @@ def test_held_out_items_do_not_reach_the_graph():
     sequences = [[1, 2, 3, 4, 5], [2, 3, 6, 7], [1, 5, 2, 6, 3]]
     held_out_changed = [[1, 2, 3, 7, 6], [2, 3, 1, 4], [1, 5, 2, 4, 7]]
     first, second = (
-        prepare(Interactions.from_sequences(s, num_items=7), CONFIG).adjacency.todense()
+        prepare(Interactions.from_sequences(s, num_items=7), CONFIG).nodes.adjacency.todense()
         for s in (sequences, held_out_changed)
     )
     np.testing.assert_array_equal(first, second)
@@ -147,13 +149,13 @@ def test_every_optimizer_moves_the_table_differently(prepared):
     tables = {}
     for optimizer in OPTIMIZERS:
         graphdef, params, tx, opt_state = start(prepared, optimizer)
-        params, _, _ = jit(make_epoch(graphdef, tx, binary_cross_entropy))(
-            params, opt_state, prepared.packed, prepared.unseen, jax.random.key(0)
+        params, _, _ = jit(make_epoch(graphdef, tx, BCE))(
+            params, opt_state, prepared.feed, prepared.sampler, {}, jax.random.key(0)
         )
-        tables[optimizer] = nnx.merge(graphdef, params).output_layer()[0]
+        tables[optimizer] = nnx.merge(graphdef, params).items()[0]
     assert len({float(jnp.abs(table).sum()) for table in tables.values()}) == 3
     with pytest.raises(ValueError, match="optimizer must be one of adamw"):
-        make_optimizer("sgd", CONFIG, prepared.adjacency, "item_embedding")
+        make_stages("lion", CONFIG, prepared.nodes)
 
 
 def test_compare(prepared, tmp_path):
@@ -231,12 +233,12 @@ def test_a_schedule_reaches_the_steps(prepared):
 
 def test_clipped_gradients_have_the_norm(prepared):
     config = dataclasses.replace(CONFIG, clip_norm=1e-3)
-    stages = make_stages("sevo-gradient", config, prepared.adjacency, ("item_embedding",))
+    stages = make_stages("sevo-gradient", config, prepared.nodes, clip_norm=config.clip_norm)
     assert next(iter(stages)) == "clip"
     grads = {"item_embedding": jnp.ones((41, 8))}
     clipped, _ = stages["clip"].update(grads, stages["clip"].init(grads))
     assert float(optax.tree.norm(clipped)) == pytest.approx(1e-3)
-    assert "clip" not in make_stages("adamw", CONFIG, prepared.adjacency, ("item_embedding",))
+    assert "clip" not in make_stages("adamw", CONFIG, prepared.nodes)
 
 
 def test_early_stopping(prepared, tmp_path, capsys):
@@ -252,21 +254,22 @@ def test_early_stopping(prepared, tmp_path, capsys):
 @pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
 @pytest.mark.parametrize("loss", ["bce", "ce"])
 def test_bfloat16_computes_close_to_float32(prepared, model, loss):
-    config = dataclasses.replace(CONFIG, model=model, loss=loss, dropout_rate=0.0, num_heads=2)
+    config = config_from_dict(CONFIG.differing() | {"model": model, "loss": loss, "dropout_rate": 0.0, "num_heads": 2})
     kind = dataclasses.replace(config, compute_dtype="bfloat16")
     losses = {}
     for name, settings in (("float32", config), ("bfloat16", kind)):
-        model_ = make_model(settings, num_items=40, max_length=8, seed=1)
+        model_ = make_model(settings, num_users=60, num_items=40, seed=1)
         graphdef, params = nnx.split(model_, nnx.Param)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
         function = make_loss(settings)
 
         def value(params, graphdef=graphdef, function=function):
-            return function(nnx.merge(graphdef, params), prepared.packed.batch(0), prepared.unseen, jax.random.key(0))
+            model = nnx.merge(graphdef, params)
+            return training_loss(model, function, prepared.feed.batch(0), {}, prepared.sampler, jax.random.key(0))
 
         losses[name], grads = jax.jit(jax.value_and_grad(value))(params)
         assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
-        hidden = jax.eval_shape(lambda m: m(prepared.packed.batch(0)), model_)
+        hidden = jax.eval_shape(lambda m: m(prepared.feed.batch(0)), model_)
         assert hidden.dtype == name
     assert losses["bfloat16"].dtype == jnp.float32
     assert float(losses["bfloat16"]) != float(losses["float32"])
@@ -282,24 +285,26 @@ def test_diagnostics_describe_the_next_step_and_change_nothing(prepared, tmp_pat
     found = read_history(tmp_path / "history.jsonl")[1]["diagnostics"]
 
     graphdef, params, tx, opt_state = start(prepared, optimizer)
-    epoch = jit(make_epoch(graphdef, tx, binary_cross_entropy))
+    epoch = jit(make_epoch(graphdef, tx, BCE))
     for number in (1, 2):
         key = jax.random.fold_in(jax.random.key(CONFIG.seed), number)
-        params, opt_state, _ = epoch(params, opt_state, prepared.packed, prepared.unseen, key)
+        params, opt_state, _ = epoch(params, opt_state, prepared.feed, prepared.sampler, {}, key)
     shuffle_key, step_key = jax.random.split(key)
-    batch = prepared.packed.shuffle(shuffle_key).batch(0)
-    grads = jax.grad(lambda p: binary_cross_entropy(nnx.merge(graphdef, p), batch, prepared.unseen, step_key))(params)
+    batch = prepared.feed.shuffle(shuffle_key).batch(0)
+    grads = jax.grad(lambda p: training_loss(nnx.merge(graphdef, p), BCE, batch, {}, prepared.sampler, step_key))(
+        params
+    )
     raw = grads
     if optimizer == "adamw":
         raw, _ = optax.scale_by_adam(b2=0.98).update(grads, opt_state["moments"])
     if optimizer == "sevo-adamw":
         raw, _ = scale_by_adam_corrected(b2=0.98, tables="item_embedding").update(grads, opt_state["moments"])
     (raw,) = jax.tree.leaves(raw["item_embedding"])
-    smoothed = raw if optimizer == "adamw" else smooth(raw, prepared.adjacency)
+    smoothed = raw if optimizer == "adamw" else smooth(raw, prepared.nodes.adjacency)
     (table,) = jax.tree.leaves(params["item_embedding"])
 
     def rough(x):
-        return float(smoothness(x, prepared.adjacency) / jnp.sum(x * x))
+        return float(smoothness(x, prepared.nodes.adjacency) / jnp.sum(x * x))
 
     cosine = float(jnp.sum(raw * smoothed) / jnp.linalg.norm(raw) / jnp.linalg.norm(smoothed))
     expected = {"raw update": rough(raw), "smoothed update": rough(smoothed), "embedding": rough(table)}

@@ -13,6 +13,8 @@ HYPERPARAMETERS = [
     {},
     {"b1": 0.8, "b2": 0.95, "eps": 1e-6, "eps_root": 1e-9},
     {"mu_dtype": jnp.bfloat16},
+    {"nesterov": True},
+    {"nesterov": True, "b1": 0.8, "b2": 0.95, "mu_dtype": jnp.bfloat16},
 ]
 
 
@@ -46,9 +48,13 @@ def run(tx, params, grads, jit):
 def test_equals_optax_bit_for_bit_where_no_row_is_idle(rng, options, dtype, jit):
     params = random_tree(rng, dtype)
     grads = [random_tree(rng, dtype) for _ in range(5)]
+    tables = ("table", "bias", "cube")
     for ours, theirs in (
-        (scale_by_adam_corrected(**options), optax.scale_by_adam(**options)),
-        (adamw_corrected(0.1, **options, weight_decay=0.2), optax.adamw(0.1, **options, weight_decay=0.2)),
+        (scale_by_adam_corrected(**options, tables=tables), optax.scale_by_adam(**options)),
+        (
+            adamw_corrected(0.1, **options, weight_decay=0.2, tables=tables),
+            optax.adamw(0.1, **options, weight_decay=0.2),
+        ),
     ):
         actual, state = run(ours, params, grads, jit)
         expected, wanted = run(theirs, params, grads, jit)
@@ -94,16 +100,76 @@ def test_whatever_adds_to_the_gradient_switches_the_correction_off(rng):
     jax.tree.map(np.testing.assert_array_equal, corrected, plain)
 
 
-def test_none_means_leaves_with_two_or_more_dimensions(rng):
+@pytest.mark.parametrize("make", [scale_by_adam_corrected, lambda **options: adamw_corrected(0.1, **options)])
+def test_none_means_the_only_array(rng, make):
+    """As in sevo: one array needs no name, of several none is taken by guess."""
     params = random_tree(rng)
-    grads = [random_tree(rng), jax.tree.map(jnp.zeros_like, params)]
-    corrected, _ = run(scale_by_adam_corrected(), params, grads, jit=False)
-    plain, _ = run(optax.scale_by_adam(), params, grads, jit=False)
-    for name in params:
-        kept = np.allclose(corrected[1][name], corrected[0][name], rtol=1e-5)
-        assert kept == (params[name].ndim >= 2)
-        if not kept:
-            np.testing.assert_array_equal(corrected[1][name], plain[1][name])
+    alone = {"table": params["table"]}
+    grads = [{"table": random_tree(rng)["table"]}, {"table": jnp.zeros((6, 4))}]
+    assumed, _ = run(make(), alone, grads, jit=False)
+    named, _ = run(make(tables="table"), alone, grads, jit=False)
+    jax.tree.map(np.testing.assert_array_equal, assumed, named)
+
+    message = r"holds 4; name the embedding table, as in tables='table'; the tree holds:[\s\S]*cube: float32\[3, 2, 4\]"
+    with pytest.raises(ValueError, match=message):
+        make().init(params)
+    state = make(tables="table").init(params)
+    with pytest.raises(ValueError, match=message):
+        make().update(params, state, params)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_dense_kernel_beside_the_table_follows_adamw_exactly(rng, nesterov):
+    """A row with one gradient and thousands of idle steps: with a corrected direction it would never stop."""
+    params = {"table": jnp.zeros((3, 2)), "dense": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    first = jax.tree.map(jnp.copy, zeros)
+    first["dense"]["kernel"] = first["dense"]["kernel"].at[0].set(1e-3)
+    first["table"] = first["table"].at[0].set(1e-3)
+
+    def end(tx):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(zeros, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        updates, state = tx.update(first, tx.init(params), params)
+        return jax.lax.scan(step, (optax.apply_updates(params, updates), state), length=5000)[0][0]
+
+    ours = jax.jit(lambda: end(adamw_corrected(1e-3, weight_decay=0, nesterov=nesterov, tables="table")))()
+    plain = jax.jit(lambda: end(optax.adamw(1e-3, weight_decay=0, nesterov=nesterov)))()
+    jax.tree.map(np.testing.assert_array_equal, ours["dense"], plain["dense"])
+    assert -0.02 < plain["dense"]["kernel"][0, 0] < 0
+    # The table's own row, which was sampled once, keeps its direction: 5,001 full steps.
+    np.testing.assert_allclose(ours["table"][0], -5.0, rtol=0.01)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_node_axis_says_which_slices_are_rows(rng, axis):
+    grads = [jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)] * 2 + [jnp.zeros((5, 3)).at[:, 1].set(1.0)]
+    grads[2] = grads[2].at[0].set(0.0).at[4, 2].set(1.0)
+    along, _ = run(scale_by_adam_corrected(node_axis=axis), jnp.zeros((3, 5)), [g.T for g in grads], jit=True)
+    expected, _ = run(scale_by_adam_corrected(), jnp.zeros((5, 3)), grads, jit=True)
+    np.testing.assert_array_equal(along[-1].T, expected[-1])
+    with pytest.raises(ValueError, match=r"node_axis=2 is no axis of .* with shape \[3, 5\]"):
+        scale_by_adam_corrected(node_axis=2).init(jnp.zeros((3, 5)))
+
+
+@pytest.mark.usefixtures("x64")
+def test_nesterov_looks_ahead_with_the_estimate(rng):
+    """Dozat's direction, where the gradient of an idle row is estimated from its first moment."""
+    grads = rng.normal(size=(9, 6, 3)) * (rng.random((9, 6, 1)) < 0.5)
+    b1, b2 = 0.8, 0.95
+    actual, _ = run(scale_by_adam_corrected(b1, b2, nesterov=True), jnp.zeros((6, 3)), list(jnp.asarray(grads)), True)
+    m, v = np.zeros((6, 3)), np.zeros((6, 3))
+    for t, g in enumerate(grads, start=1):
+        idle = (g == 0).all(axis=1, keepdims=True)
+        last = max(t - 1, 1)
+        g = np.where(idle, m / (1 - b1**last), g)
+        square = np.where(idle, v / (1 - b2**last), g**2)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * square
+        ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+        np.testing.assert_allclose(actual[t - 1], ahead / (np.sqrt(v / (1 - b2**t)) + 1e-8), rtol=1e-9, atol=1e-12)
 
 
 def test_tables_restrict_the_correction(rng):
@@ -146,7 +212,7 @@ def test_idle_rows_of_half_precision_keep_their_direction(rng, dtype):
 
 def test_state_is_laid_out_as_that_of_optax(rng):
     params = random_tree(rng)
-    state = scale_by_adam_corrected(mu_dtype=jnp.bfloat16).init(params)
+    state = scale_by_adam_corrected(mu_dtype=jnp.bfloat16, tables="table").init(params)
     theirs = optax.scale_by_adam(mu_dtype=jnp.bfloat16).init(params)
     assert isinstance(state, ScaleByAdamCorrectedState)
     assert state._fields == theirs._fields == ("count", "mu", "nu")

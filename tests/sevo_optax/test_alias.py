@@ -295,7 +295,9 @@ def test_weight_decay_is_not_smoothed_and_follows_the_mask():
     ("ours", "theirs"),
     [
         (partial(sevo_adamw, weight_decay=0.1), partial(optax.adamw, weight_decay=0.1)),
+        (partial(sevo_adamw, nesterov=True), partial(optax.adamw, nesterov=True)),
         (sevo_adam, optax.adam),
+        (partial(sevo_adam, nesterov=True), partial(optax.adam, nesterov=True)),
         (partial(sevo_sgd, momentum=0.9), partial(optax.sgd, momentum=0.9)),
         (partial(sevo_sgd, momentum=0.9, nesterov=True), partial(optax.sgd, momentum=0.9, nesterov=True)),
         (sevo_sgd, optax.sgd),

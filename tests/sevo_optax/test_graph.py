@@ -15,6 +15,7 @@ import scipy.sparse
 from jax.experimental import sparse as jsparse
 
 from sevo_optax import _weights, graph
+from sevo_optax.graph import _files, _matrices, _parquet
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -58,7 +59,7 @@ def check(weights, num_nodes):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(graph, "_CHUNK", 3)
+    monkeypatch.setattr(_matrices, "CHUNK", 3)
 
 
 # ---------------------------------------------------------------- co-occurrence
@@ -114,7 +115,7 @@ def test_cooccurrence_is_algorithm_4(max_length, keep, max_hops, weighting, smal
 def test_cooccurrence_is_algorithm_4_on_any_sequences(sequences, chunk, **options):
     hypothesis.assume(any(sequences))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "_CHUNK", chunk)
+        patch.setattr(_matrices, "CHUNK", chunk)
         dense = check(graph.cooccurrence(sequences, 6, **options), 6)
     np.testing.assert_allclose(dense, literal(sequences, 6, **options), rtol=1e-6)
 
@@ -172,7 +173,7 @@ def test_progress_counts_the_interactions_kept(small_chunks):
 
 def test_partial_sums_are_merged_like_a_binary_counter():
     ones = scipy.sparse.eye_array(4, format="csr")
-    summed = graph._Sum(4)
+    summed = _matrices.Sum(4)
     for count in range(1, 40):
         summed.add(scipy.sparse.csr_array(ones))
         assert len(summed._parts) <= np.log2(count) + 1
@@ -350,8 +351,8 @@ def test_shared_attributes_rejects_bad_input(nodes, attributes, error, match):
 
 
 def test_shared_attributes_refuses_an_attribute_too_common_to_store(monkeypatch):
-    assert graph._MAX_ENTRIES == 2**31
-    monkeypatch.setattr(graph, "_MAX_ENTRIES", 25)
+    assert _matrices.MAX_ENTRIES == 2**31
+    monkeypatch.setattr(_matrices, "MAX_ENTRIES", 25)
     attributes = ["rare"] + ["all"] * 5
     assert graph.shared_attributes(range(5), attributes[:5], 6).nse == 12
     with pytest.raises(ValueError, match="'all' is shared by 5 nodes"):
@@ -422,12 +423,12 @@ def test_from_edges_rejects_an_unknown_symmetrize():
 def reader(request, monkeypatch):
     """Leaves only one of the two readers to be found."""
     pytest.importorskip(request.param)
-    find_spec = graph.importlib.util.find_spec
+    find_spec = _parquet.importlib.util.find_spec
 
     def only(name, *args):
         return None if name in {"pyarrow", "polars"} - {request.param} else find_spec(name, *args)
 
-    monkeypatch.setattr(graph.importlib.util, "find_spec", only)
+    monkeypatch.setattr(_parquet.importlib.util, "find_spec", only)
     return request.param
 
 
@@ -513,7 +514,7 @@ def test_from_parquet_rejects_what_is_not_there(reader, tmp_path):
 
 def test_from_parquet_says_what_to_install(monkeypatch, tmp_path):
     path = write(tmp_path / "edges.parquet", source=[0], target=[1], weight=[1])
-    monkeypatch.setattr(graph.importlib.util, "find_spec", lambda *_: None)
+    monkeypatch.setattr(_parquet.importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
         graph.from_parquet(path, num_nodes=3)
 
@@ -805,7 +806,7 @@ def slow_top_k(dense, k):
 def test_top_k(seed, k, chunk):
     dense = random_graph(np.random.default_rng(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "_CHUNK", chunk)
+        patch.setattr(_matrices, "CHUNK", chunk)
         result = check(graph.top_k(dense, k), 7)
     np.testing.assert_array_equal(result, slow_top_k(dense, k))
 
@@ -916,7 +917,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(graph.scipy.sparse, "save_npz", fail)
+    monkeypatch.setattr(_files.scipy.sparse, "save_npz", fail)
     with pytest.raises(OSError, match="disk full"):
         graph.save(path, np.eye(2))
     assert os.listdir(tmp_path) == ["graph.npz"]

@@ -11,7 +11,7 @@ import scipy.sparse
 from jax.experimental import sparse
 from jax.test_util import check_grads
 
-from sevo_optax import _propagate, smooth, smoothness
+from sevo_optax import _propagate, alignment, graph, propagate, residual, smooth, smoothness
 from tests.sevo_optax import reference
 
 FORMS = [
@@ -357,6 +357,98 @@ def test_graph_without_edges_scales_every_row(x64, x):
     assert smooth(np.ones((0,)).reshape(1, 0), np.ones((1, 1))).shape == (1, 0)
 
 
+# ---- the product ----
+
+
+def test_product_is_that_of_scipy(x64, x, weights):
+    for matrix in (weights, graph.normalize(weights)):
+        dense = matrix if isinstance(matrix, np.ndarray) else np.asarray(matrix.todense(), np.float64)
+        expected = scipy.sparse.csr_array(dense) @ x
+        assert relative_error(propagate(matrix, x), expected) < 1e-14
+        assert relative_error(jax.jit(propagate)(sparse.BCOO.fromdense(dense), x), expected) < 1e-14
+        assert relative_error(propagate(matrix, x[:, 0]), expected[:, 0]) < 1e-14
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_derivative_of_the_product_is_the_product(x64, rng, x, weights, traced):
+    cotangent = rng.normal(size=x.shape)
+    adjacency = sparse.BCOO.fromdense(weights)
+
+    def pull(adjacency, x):
+        return jax.vjp(lambda x: propagate(adjacency, x), x)[1](cotangent)[0]
+
+    actual = jax.jit(pull)(adjacency, x) if traced else pull(adjacency, x)
+    assert relative_error(actual, weights @ cotangent) < 1e-14
+    check_grads(lambda x: propagate(adjacency, x), (x,), order=2, modes=("fwd", "rev"))
+    compiled = jax.jit(pull).lower(adjacency, x).compile().as_text()
+    assert len(re.findall(r"custom_call_target=\"\w*csr\w*\"", compiled)) == 1
+    assert "scatter" not in compiled
+
+
+def test_product_of_a_batch_and_in_half_precision(x, weights):
+    x = x.astype(np.float32)
+    batch = np.stack([x, 2 * x])
+    np.testing.assert_allclose(
+        jax.vmap(lambda x: propagate(weights, x))(batch), np.einsum("ij,bjk->bik", weights, batch), rtol=1e-5
+    )
+    half = jnp.asarray(x, jnp.bfloat16)
+    assert propagate(weights, half).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        propagate(weights, half), propagate(weights, half.astype(np.float32)).astype("bfloat16")
+    )
+
+
+@pytest.mark.parametrize(
+    ("adjacency", "x", "error", "message"),
+    [
+        (np.triu(np.ones((3, 3))), np.ones((3, 1), np.float32), ValueError, "not symmetric"),
+        (np.ones((3, 3)), np.ones((4, 1), np.float32), ValueError, "x has 4 rows, but adjacency has 3 nodes"),
+        (np.ones((3, 3)), np.ones((3, 1), int), TypeError, "floating-point"),
+        (np.ones((3, 1), np.float32), np.ones((3, 3), np.float32), ValueError, r"adjacency has shape \(3, 1\)"),
+    ],
+)
+def test_product_refuses(adjacency, x, error, message):
+    with pytest.raises(error, match=message):
+        propagate(adjacency, x)
+
+
+# ---- whether the exact form has converged ----
+
+
+@pytest.mark.parametrize("method", ["exact", "neumann"])
+def test_residual_is_that_of_dense_algebra_and_bounds_the_error(x64, x, weights, method):
+    adjacency = reference.normalize(weights)
+    smoothed = smooth(x, weights, beta=0.9, method=method)
+    actual = jax.jit(lambda y, x: residual(y, x, weights, beta=0.9))(smoothed, x)
+    off = 0.1 * x - (np.eye(30) - 0.9 * adjacency) @ np.asarray(smoothed)
+    expected = np.linalg.norm(off) / (0.1 * np.linalg.norm(x))
+    error = np.asarray(smoothed) - reference.smooth(x, adjacency, 0.9, method="exact")
+    np.testing.assert_allclose(actual, expected, rtol=1e-9 if method == "neumann" else 1e-2)
+    assert np.linalg.norm(error) / np.linalg.norm(x) <= actual * (1 + 1e-9)
+    assert (actual < 1e-11) == (method == "exact")
+    # Free of the scale, also where squares would leave the range of the dtype.
+    for scale in (1e-200, 1e200):
+        np.testing.assert_allclose(residual(smoothed * scale, x * scale, weights, beta=0.9), actual, rtol=1e-2)
+
+
+def test_exact_form_warns_where_it_has_not_converged(x, weights):
+    x = x.astype(np.float32)
+    for run in (smooth, alignment):
+        with pytest.warns(RuntimeWarning, match=r"has not converged: relative residual .*, wanted at most 1e-04"):
+            run(x, weights, beta=1 - 1e-6, method="exact")
+    # Not in the program itself, and not where it has converged.
+    jax.jit(lambda x: smooth(x, weights, beta=1 - 1e-6, method="exact"))(x)
+    smooth(x, weights, beta=0.99, method="exact")
+
+
+def test_exact_form_ends_where_there_is_no_solution(x):
+    """Raw weights passed off as normalised ones, in bounded time: ten iterations a number would take hours."""
+    raw = scipy.sparse.diags_array([1.0, 1.0], offsets=[-1, 1], shape=(20_000, 20_000)).tocsr()
+    table = np.random.default_rng(0).normal(size=(20_000, 2)).astype(np.float32)
+    run = jax.jit(lambda x: smooth(x, raw, beta=0.9, method="exact", normalize=False))
+    assert not residual(run(table), table, raw, beta=0.9, normalize=False) < 1e-3
+
+
 # ---- errors ----
 
 
@@ -373,6 +465,9 @@ def test_graph_without_edges_scales_every_row(x64, x):
         ({"num_layers": -1}, ValueError, "num_layers must be at least 0, got -1"),
         ({"num_layers": 1.5}, TypeError, r"num_layers must be an integer, got 1\.5"),
         ({"num_layers": True}, TypeError, "num_layers must be an integer, got True"),
+        ({"num_layers": 2**31}, ValueError, r"num_layers must be below 2\*\*31, got 2147483648"),
+        ({"num_layers": 2**70}, ValueError, r"num_layers must be below 2\*\*31"),
+        ({"x": jnp.ones((30, 2), jnp.float8_e4m3fn)}, TypeError, "x has dtype float8_e4m3fn; wanted float16, bfloat16"),
         ({"method": "nsa"}, ValueError, "method must be one of neumann, iterative, exact, got 'nsa'"),
         ({"x": np.ones((30, 2), np.int32)}, TypeError, "x must be a real floating-point array, got int32"),
         ({"x": np.ones((30, 2), np.complex64)}, TypeError, "got complex64"),

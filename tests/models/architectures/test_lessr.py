@@ -9,8 +9,8 @@ from flax import nnx
 
 from models.architectures.lessr import LESSR
 from models.architectures.registry import make_config, make_model
-from models.data import Interactions, UnseenItems
-from models.feeds import Prefixes, pack
+from models.data import Interactions
+from models.feeds import NegativeSampler, Prefixes, pack
 from models.layers import BatchNorm
 from models.layers.sessions import SessionGraph
 from models.objectives.losses import make_loss
@@ -214,7 +214,7 @@ def test_one_pass_and_separate_prefixes_have_the_same_loss_and_gradient():
     train = interactions()
     prefixes = Prefixes.from_interactions(train, max_length=20, batch_size=100).shuffle(jax.random.key(1)).batch(0)
     packed = pack(train, max_length=20, batch_size=100, count_targets=True, windows=True).batch(0)
-    sampler = UnseenItems.from_interactions(train)
+    sampler = NegativeSampler.from_interactions(train)
     loss = make_loss(make_config("lessr", loss="ce"))
 
     def value(model, batch):
@@ -295,7 +295,7 @@ def test_every_loss_reaches_every_parameter(loss):
     model = make_model(config, num_users=12, num_items=15, seed=0)
     feed = partial(pack, count_targets=True) if loss == "bpr" else Prefixes.from_interactions
     batch = feed(train, max_length=20, batch_size=100).batch(0)
-    sampler = UnseenItems.from_interactions(train)
+    sampler = NegativeSampler.from_interactions(train)
     _, grads = gradient(
         model, lambda model: training_loss(model, make_loss(config), batch, {}, sampler, jax.random.key(0))
     )

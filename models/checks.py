@@ -1,0 +1,146 @@
+"""Checks that need no data: of options, before anything is read, and how errors show values."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+LARGEST_FLOAT = 3.4028235e38  # of float32, which everything is computed in
+LARGEST_INT = 2**31 - 1  # of int32; random keys repeat themselves beyond 32 bits
+LONGEST_VALUE = 60  # of one in an error
+QUANTILES = (0.8, 0.9)
+SAMPLED_LOSSES = ("sampled-softmax", "gbce")
+# The losses that heed an option.
+LOSS_OPTIONS = {
+    "num_negatives": SAMPLED_LOSSES,
+    "negatives": SAMPLED_LOSSES,
+    "negative_power": SAMPLED_LOSSES,
+    "logq_correction": ("sampled-softmax",),
+    "gbce_t": ("gbce",),
+}
+
+
+def check_numbers(options: Any) -> None:
+    """Checks that the arrays of a run can hold every number among the options.
+
+    Args:
+      options: a dataclass.
+
+    Raises:
+      ValueError: if a number is infinite or NaN, or too large for float32 or int32.
+
+    Examples:
+      >>> from models.config import TrainConfig
+      >>> check_numbers(TrainConfig(learning_rate=float("inf")))
+      Traceback (most recent call last):
+      ValueError: learning_rate must be a finite number, got inf
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not (math.isfinite(number) and abs(number) <= LARGEST_FLOAT):
+                size = "" if not math.isfinite(number) else f" of at most {LARGEST_FLOAT:g}"
+                raise ValueError(f"{field.name} must be a finite number{size}, got {number:g}")
+            if isinstance(number, int) and abs(number) > LARGEST_INT:
+                digits = str(number) if number.bit_length() < 128 else f"a number of {number.bit_length()} bits"
+                raise ValueError(f"{field.name} must be at most {LARGEST_INT}, got {digits}")
+
+
+def check_split(options: Any) -> None:
+    """Checks that the options of a split belong to the split that is chosen.
+
+    Args:
+      options: a dataclass with ``split``, ``split_quantiles`` and ``split_times``.
+
+    Raises:
+      ValueError: if one would not be heeded.
+    """
+    given = []
+    if options.split_times is not None:
+        given.append("split_times")
+    if options.split_quantiles != QUANTILES:
+        given.append("split_quantiles")
+    if options.split != "global-time" and given:
+        raise ValueError(
+            f"{given[0]} is not heeded by split {options.split}, got {' '.join(map(str, getattr(options, given[0])))}; "
+            "leave it out or give --split global-time"
+        )
+    if len(given) > 1:
+        raise ValueError("split_times and split_quantiles exclude each other; give one of them")
+
+
+def check_loss(options: Any) -> None:
+    """Checks that the options of a loss belong to the loss that is chosen.
+
+    Args:
+      options: a dataclass with ``loss`` and the options in ``LOSS_OPTIONS``.
+
+    Raises:
+      ValueError: if one would not be heeded.
+    """
+    usual = {field.name: field.default for field in dataclasses.fields(options)}
+    for name, losses in LOSS_OPTIONS.items():
+        value = getattr(options, name)
+        if options.loss not in losses and value != usual.get(name, value):
+            raise ValueError(
+                f"{name} is not heeded by loss {options.loss}, got {value}; leave it out or give --loss {losses[0]}"
+            )
+
+
+def check_graph(options: Any) -> None:
+    """Checks that the options of graphs fit the graphs that are asked for.
+
+    Args:
+      options: a dataclass with ``graph``, ``graph_weights``, ``attributes``, ``graph_max_length`` and ``max_hops``.
+
+    Raises:
+      ValueError: if one would not be heeded, or does not fit.
+    """
+    graphs, weights = options.graph, options.graph_weights
+    if not graphs or len(set(graphs)) < len(graphs):
+        raise ValueError(f"graph must name one or more graphs, each once, got {' '.join(graphs) or 'none'}")
+    if weights and len(weights) != len(graphs):
+        raise ValueError(
+            f"graph_weights must hold one number for each of {', '.join(graphs)}, got {' '.join(map(str, weights))}"
+        )
+    if weights and (min(weights) < 0 or not sum(weights)):
+        raise ValueError(f"graph_weights must be at least 0, and not all 0, got {' '.join(map(str, weights))}")
+    if options.attributes is not None and "attributes" not in graphs:
+        raise ValueError(
+            f"attributes is not heeded by graph {' '.join(graphs)}, got {options.attributes}; "
+            "leave it out or give --graph attributes"
+        )
+    for name in ("graph_max_length", "max_hops"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    """Refuses arguments that neither files nor terminals can hold.
+
+    Raises:
+      ValueError: if one has a NUL character, or bytes that are not UTF-8 (Python makes lone surrogates of them).
+    """
+    option = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            option = argument.partition("=")[0]
+        where = option.encode(errors="backslashreplace").decode().replace("\0", "\\x00") or "the command line"
+        if "\0" in argument:
+            raise ValueError(f"{where} must not hold a NUL character, got {shortened(argument)}")
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where} must be text in UTF-8, got {shortened(argument)}") from None
+
+
+def shortened(value: Any) -> str:
+    """The value as Python would write it, cut where it is too long for a line.
+
+    >>> shortened("many")
+    "'many'"
+    >>> len(shortened("9" * 5000))
+    60
+    """
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]} …{text[-2:]}"

@@ -1,0 +1,133 @@
+"""Parsing the command line: whatever is refused is refused in one line."""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro import _errors  # private, but the only way to a refusal before it is drawn; pyproject.toml pins tyro for it
+
+from models.checks import check_text, shortened
+
+NAMES = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), Path: ("a path", "paths")}
+TEXT = ("text", "texts")
+
+
+def parse(parser: Any, arguments: Sequence[str], *, commands: Mapping[str, Any], prog: str, description: str) -> Any:
+    """Parses a command line.
+
+    Args:
+      parser: what ``tyro.cli`` takes: the union of all commands.
+      arguments: the command line.
+      commands: the commands' dataclasses by name, whose fields are the options that an unknown one is compared with.
+      prog: what the program is called.
+      description: the first line of ``--help``.
+
+    Returns:
+      An instance of the command's dataclass.
+
+    Raises:
+      ValueError: with one line that names the option, the value seen and the values wanted.
+      SystemExit: after ``--help``.
+    """
+    command = arguments[0] if arguments and arguments[0] in commands else None
+
+    def refuse(event: _errors.ParseErrorEvent) -> NoReturn:
+        raise ValueError(f"{_reason(event, arguments, commands, command)}; see {help_of}")
+
+    help_of = " ".join([prog, *([command] if command else []), "--help"])
+    check_text(arguments)
+    with _errors.on_parse_error(refuse):
+        return tyro.cli(parser, prog=prog, args=list(arguments), description=description)
+
+
+def wanted(kind: Any) -> str:
+    """What values of a type are called.
+
+    >>> wanted(int | None), wanted(tuple[float, float]), wanted(tuple[int, ...])
+    ('a whole number', '2 numbers', 'whole numbers')
+    """
+    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
+        return " or ".join(wanted(option) for option in get_args(kind) if option is not type(None))
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is tuple:
+        arguments = get_args(kind)
+        if get_origin(arguments[0]) is Literal:
+            return wanted(arguments[0])
+        many = NAMES.get(arguments[0], TEXT)[1]
+        return many if arguments[-1] is ... else f"{len(arguments)} {many}"
+    return NAMES.get(kind, TEXT)[0]
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """A question whether a known name was meant; empty if none is like it.
+
+    >>> near("epoch", ["seed", "epochs"])
+    '; did you mean epochs?'
+    """
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _reason(
+    event: _errors.ParseErrorEvent, arguments: Sequence[str], commands: Mapping[str, Any], command: str | None
+) -> str:
+    """Why a command line is refused."""
+    match event:
+        case _errors.UnrecognizedArgs(tokens=[token, *_]) | _errors.MissingArgs(unrecognized_tokens=[token, *_]):
+            return _unknown(token, commands, command)
+        case _errors.MissingArgs():
+            names = [missing.arg.display_name() for missing in event.missing_arguments]
+            return f"{', '.join(names)} must be given"
+        case _errors.MissingSubcommand():
+            return f"a command must be given: one of {', '.join(event.subcommand_spec.parser_from_name)}"
+        case _errors.InvalidChoice():
+            kind = event.argument.field.type  # its choices, in an option that may be left out, are in no order
+            return f"{event.argument.display_name()} must be {wanted(kind)}, got {shortened(event.value)}"
+        case _errors.BadValue() | _errors.InstantiationFailure() if event.argument is not None:
+            argument = event.argument
+            name = argument.display_name()
+            seen = _values(arguments, argument.lowered.name_or_flags)
+            return f"{name} must be {wanted(argument.field.type)}, got {' '.join(map(shortened, seen)) or 'nothing'}"
+        case _errors.InstantiationFailure():
+            return " ".join(str(event.message).split())
+    return f"{type(event).__name__} in {shortened(' '.join(arguments))}"
+
+
+def _unknown(token: str, commands: Mapping[str, Any], command: str | None) -> str:
+    name = token.partition("=")[0]
+    if command is None:
+        if not name.startswith("-"):
+            return f"unknown command {shortened(name)}; the commands are {', '.join(commands)}"
+        return f"{shortened(name)} stands where a command must be: one of {', '.join(commands)}"
+    if not name.startswith("-"):
+        return f"{shortened(token)} belongs to no option of {command}"
+    return f"unknown option {shortened(name)}{near(name, list(_options(commands[command])))}"
+
+
+def _options(command: Any) -> Iterator[str]:
+    """The options of a command: its fields, and those of dataclasses among them."""
+    for name, kind in get_type_hints(command).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _options(kind)
+        else:
+            yield f"--{name.replace('_', '-')}"
+
+
+def _values(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """What stands behind the last occurrence of an option."""
+    found: list[str] = []
+    inside = False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            inside = name.replace("_", "-") in flags
+            if inside:
+                found = [value] if equals else []
+        elif inside:
+            found.append(argument)
+    return found

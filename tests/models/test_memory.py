@@ -1,0 +1,107 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models import memory
+from models.__main__ import main
+from models.architectures.registry import make_config, make_model
+from models.data import Interactions
+from models.memory import COPIES, Need, OutOfMemoryError, check_memory, out_of_memory_told, training_needs
+from models.training import loop
+
+DATA = Interactions.from_sequences([[1, 2, 3, 4], [3, 4, 5]])
+
+
+@pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
+@pytest.mark.parametrize("sizes", [{}, {"embedding_dim": 256}, {"max_length": 3000}, {"num_blocks": 9}])
+def test_the_estimate_covers_the_parameters_and_not_much_more(model, sizes):
+    config = make_config(model, **sizes)
+    built = nnx.eval_shape(lambda: make_model(config, num_users=0, num_items=5, seed=0))
+    real = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(built, nnx.Param)))
+    estimated = sum(need.size for need in training_needs(config, DATA)[:3]) / (4 * COPIES)
+    assert 0.8 * real < estimated < 2.5 * real
+
+
+@pytest.mark.parametrize(
+    ("fields", "option"),
+    [
+        ({"embedding_dim": 10**8}, "embedding_dim"),
+        ({"max_length": 10**9}, "max_length"),
+        ({"num_blocks": 10**9}, "num_blocks"),
+        ({"loss": "gbce", "negatives": "per-position", "num_negatives": 10**9}, "num_negatives"),
+        ({"loss": "sampled-softmax", "num_negatives": 10**9}, "num_negatives"),
+    ],
+)
+def test_the_option_that_lowers_it_is_named(fields, option):
+    config = make_config(**fields)
+    with pytest.raises(OutOfMemoryError) as caught:
+        check_memory(training_needs(config, DATA), config)
+    message = str(caught.value)
+    assert message.startswith(f"{option} {fields[option]}: training needs about ")
+    assert message.endswith(f"lower --{option.replace('_', '-')}")
+
+
+def test_the_sum_counts():
+    needs = [Need("one", 600, "batch_size"), Need("another", 500, "ks")]
+    check_memory(needs, make_config(), room=1100)
+    with pytest.raises(OutOfMemoryError, match=r"needs about 1\.1 KiB .* are for one; lower --batch-size"):
+        check_memory(needs, make_config(batch_size=7), room=1099)
+
+
+def test_published_runs_fit():
+    long = Interactions.from_sequences([list(range(1, 3417))] * 3)
+    for model in ["sasrec", "bert4rec"]:
+        config = make_config(model, max_length=200)
+        check_memory(training_needs(config, long), config, room=2 * 2**30)
+
+
+def test_a_container_lowers_what_there_is(tmp_path, monkeypatch):
+    whole = memory.memory_size()
+    (tmp_path / "max").write_text("max\n")
+    (tmp_path / "low").write_text("12345\n")
+    monkeypatch.setattr(memory, "LIMITS", [tmp_path / "none", tmp_path / "max"])
+    assert memory.memory_size() >= whole
+    monkeypatch.setattr(memory, "LIMITS", [tmp_path / "low"])
+    assert memory.memory_size() == 12345
+
+
+@pytest.mark.parametrize(
+    ("exhaust", "asked"),
+    [
+        (lambda: jnp.zeros(10**13).block_until_ready(), "36.4 TiB"),
+        (lambda: np.zeros(10**15), "7.1 PiB"),
+        (lambda: bytearray(10**15), None),
+    ],
+)
+def test_running_out_is_one_line(exhaust, asked):
+    with pytest.raises(OutOfMemoryError) as caught, out_of_memory_told():
+        exhaust()
+    assert "lower --batch-size" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert asked is None or f"out of memory, {asked} more were needed" in str(caught.value)
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match=r"^something else$"), out_of_memory_told():
+        raise RuntimeError("something else")
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    command = ["train", "--output-dir", str(tmp_path)]
+    assert main([*command, "--max-length", "1000000000"]) == 2
+    assert capsys.readouterr().err.startswith("error: max_length 1000000000: training needs about 1.4 TiB of memory")
+
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.\n\nBufferAssignment …"
+        )
+
+    monkeypatch.setattr(loop, "train", exhausted)
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory, 2.0 GiB more were needed (there are ")
+    assert err.count("\n") == 1
