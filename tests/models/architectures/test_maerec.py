@@ -19,8 +19,8 @@ from models.architectures import maerec
 from models.architectures.maerec import MAERec, MAERecConfig, item_graph
 from models.architectures.registry import make_config, make_model
 from models.config import LossConfig
-from models.data import Interactions, UnseenItems, drifting_interests
-from models.feeds import Batch, pack
+from models.data import Interactions, drifting_interests
+from models.feeds import Batch, NegativeSampler, pack
 from models.objectives.losses import make_loss
 from models.objectives.objective import encode_queries, training_loss
 
@@ -55,7 +55,7 @@ def dense(context):
 
 @pytest.fixture(scope="module")
 def unseen(interactions):
-    return UnseenItems.from_interactions(interactions)
+    return NegativeSampler.from_interactions(interactions)
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def test_the_main_loss_and_its_gradient_are_the_references(interactions, context
     sequences = [sequence[-6:] for sequence in list(interactions)[:6] if len(sequence) > 1]
     few = Interactions.from_sequences(sequences, NUM_ITEMS)
     batch = pack(few, max_length=MAX_LENGTH, batch_size=100).batch(0)
-    unseen = UnseenItems.from_interactions(few)
+    unseen = NegativeSampler.from_interactions(few)
     seeds = (2, 5, 11)
     params, rest, apply = functional(model)
 
