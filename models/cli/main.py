@@ -15,9 +15,9 @@ import tyro
 
 from models.checks import check_graph, check_numbers, check_split
 from models.cli.commands import Evaluate, Export, Recommend, load_and_describe
+from models.cli.parsing import parse
 from models.config import OPTIMIZERS, GraphConfig, Optimizer, SourceConfig, TrainConfig
 from models.memory import out_of_memory_told
-from models.cli.parsing import parse
 from models.reproduce import Reproduce
 from models.training import progress
 from models.training.files import make_folder

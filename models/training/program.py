@@ -49,7 +49,8 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
 
             def loss_fn(params: Any) -> tuple[jax.Array, Any]:
                 key = jax.random.fold_in(step_key, index)
-                model = nnx.merge(graphdef, params, rest)
+                # Copied: what belongs to the trace outside may not change in this one.
+                model = nnx.merge(graphdef, params, rest, copy=True)
                 value = training_loss(
                     model, loss, feed.batch(index), context, sampler, key, max_num_targets=feed.max_num_targets
                 )
@@ -94,7 +95,7 @@ def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Se
         params, rest = nnx.split_state(state, nnx.Param, ...)
 
         def loss_fn(params: Any) -> jax.Array:
-            model = nnx.merge(graphdef, params, rest)
+            model = nnx.merge(graphdef, params, rest, copy=True)
             return training_loss(model, loss, batch, context, sampler, step_key, max_num_targets=feed.max_num_targets)
 
         updates = jax.grad(loss_fn)(params)
