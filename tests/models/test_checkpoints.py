@@ -200,7 +200,7 @@ def test_what_is_no_run_is_refused(interactions, tmp_path):
             {"config": run["config"] | {"num_heads": 0}},
             r"run\.json does not fit this version .*num_heads must be at least 1",
         ),
-        ({"config": run["config"] | {"num_heads": 3}}, r"run\.json describes no model .*num_heads must divide"),
+        ({"config": run["config"] | {"num_heads": 3}}, r"run\.json does not fit this version .*num_heads must divide"),
         ({"config": run["config"] | {"epochs": "x"}}, r"run\.json does not fit this version"),
         ({"config": []}, r"run\.json does not fit this version"),
         ({"config": run["config"] | {"wings": 2}}, "unknown option wings"),
@@ -234,7 +234,7 @@ def test_the_best_and_the_last_model(prepared, tmp_path, interactions):
     from models.evaluation import metrics
 
     def tested(run):
-        return metrics.summarize(jax.jit(prepared.test.ranks)(run.model))
+        return metrics.summarize(jax.jit(lambda model: prepared.test.ranks(model, {}))(run.model))
 
     assert tested(best)["NDCG@10"] == pytest.approx(result.test["NDCG@10"], abs=1e-6)
     assert tested(last)["NDCG@10"] != pytest.approx(result.test["NDCG@10"], abs=1e-6)
@@ -370,13 +370,13 @@ def test_a_polite_stop_saves_and_exits(tmp_path, number):
 
 
 def test_a_stop_asked_for_after_saving_waits_for_the_next_epoch(prepared, tmp_path, toy, monkeypatch):
-    class Bar(loop.tqdm):
-        def update(self, n=1):
-            if self.n == 2:  # of epoch 3, which is not evaluated, and not saved
+    class Interrupted(loop.Progress):
+        def epoch(self, number, **shown):
+            super().epoch(number, **shown)
+            if number == 3:
                 signal.raise_signal(signal.SIGINT)
-            return super().update(n)
 
-    monkeypatch.setattr(loop, "tqdm", Bar)
+    monkeypatch.setattr(loop, "Progress", Interrupted)
     with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 4, which is saved"):
         loop.train(prepared, CONFIG, "adamw", tmp_path)
     assert Checkpoints(tmp_path).epochs()[-1] == len(read_history(tmp_path / "history.jsonl")) == 4

@@ -220,15 +220,14 @@ def test_an_interrupted_epoch_that_becomes_the_last_is_evaluated(prepared, tmp_p
     """Saved after epoch 3, between two evaluations, and asked for no more than these three."""
     whole = loop.train(prepared, dataclasses.replace(CONFIG, epochs=3), "adamw", tmp_path / "whole")
 
-    class Bar(loop.tqdm):
-        def update(self, n=1):
-            found = super().update(n)
-            if self.n == 2:
+    class Interrupted(loop.Progress):
+        def epoch(self, number, **shown):
+            super().epoch(number, **shown)
+            if number == 2:
                 signal.raise_signal(signal.SIGINT)
-            return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "tqdm", Bar)
+        patch.setattr(loop, "Progress", Interrupted)
         with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 3"):
             loop.train(prepared, CONFIG, "adamw", tmp_path / "run")
     resumed = loop.train(prepared, dataclasses.replace(CONFIG, epochs=3), "adamw", tmp_path / "run", resume=True)
