@@ -149,7 +149,9 @@ class Program:
         if prepared.feed is None:
             for model in models:
                 model.fit(train, config)
-        self.graphdef, first = nnx.split(models[0])
+        # A constant that a model starts with is weakly typed, what an epoch returns is not: it would compile twice.
+        states = [jax.tree.map(lambda x: x.astype(x.dtype), nnx.state(model)) for model in models]
+        self.graphdef, first = nnx.graphdef(models[0]), states[0]
         schedule = None
         if prepared.feed is not None and (config.schedule != "constant" or config.warmup_epochs):
             schedule = make_schedule(config, prepared.feed.num_batches)
@@ -172,7 +174,7 @@ class Program:
             self._fold = jax.random.fold_in
         else:
             self.axes = axes = state_axes(jax.eval_shape(init, first))
-            self.model_state = jax.tree.map(lambda *x: jnp.stack(x), *map(nnx.state, models))
+            self.model_state = jax.tree.map(lambda *x: jnp.stack(x), *states)
             self.opt_state = jax.vmap(init, out_axes=axes)(self.model_state)
             self.key = jnp.stack(keys)
             self._fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
