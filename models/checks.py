@@ -81,7 +81,7 @@ def check_loss(options: Any) -> None:
     usual = {field.name: field.default for field in dataclasses.fields(options)}
     for name, losses in LOSS_OPTIONS.items():
         value = getattr(options, name)
-        if options.loss not in losses and value != usual[name]:
+        if options.loss not in losses and value != usual.get(name, value):
             raise ValueError(
                 f"{name} is not heeded by loss {options.loss}, got {value}; leave it out or give --loss {losses[0]}"
             )

@@ -161,6 +161,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
 
     losses: ClassVar[tuple[Loss, ...]] = get_args(Loss)
     """The losses that make sense for the model."""
+    optimizers: ClassVar[tuple[Optimizer, ...]] = tuple(name for name in get_args(Optimizer) if name != "closed-form")
+    """The optimizers that make sense for the model."""
 
     model: str = ""
     """Architecture."""
@@ -242,6 +244,10 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.loss not in self.losses:
             raise ValueError(f"loss must be one of {', '.join(self.losses)} with {self.model}, got {self.loss!r}")
+        if self.optimizer not in self.optimizers:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(self.optimizers)} with {self.model}, got {self.optimizer!r}"
+            )
         if not 0 <= self.gbce_t <= 1:
             raise ValueError(f"gbce_t must lie in [0, 1], got {self.gbce_t}")
         for name in ["learning_rate", "clip_norm"]:
@@ -333,3 +339,42 @@ class PrefixConfig(SequenceConfig):
     """Prefixes in a batch, on average."""
     separate_prefixes: bool = False
     """Whether each prefix is a row of its own, as published; otherwise all prefixes of a user take one pass."""
+
+
+def _without_training(cls: type) -> type:
+    """Turns the options of a training run that a closed form has no use for into constants of the class.
+
+    A dataclass takes a ``ClassVar`` for what it says: it is no option and no argument, and nothing is saved of it. What
+    the class itself declares stays.
+    """
+    unused = [field for base in (OptimizerConfig, GraphConfig, LossConfig) for field in dataclasses.fields(base)]
+    ours = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    names = ("embedding_dim", "batch_size", "eval_every", "patience", "schedule", "warmup_epochs", "clip_norm")
+    unused += [ours[name] for name in (*names, "diagnostics")]
+    annotations = dict(cls.__annotations__)
+    for field in unused:
+        if field.name not in annotations:
+            annotations[field.name] = ClassVar[field.type]
+            setattr(cls, field.name, field.default)
+    cls.__annotations__ = annotations
+    return cls
+
+
+@dataclasses.dataclass(frozen=True)
+@_without_training
+class ClosedFormConfig(TrainConfig):
+    """A model that is computed at once from the training data, without gradients."""
+
+    optimizers: ClassVar[tuple[Optimizer, ...]] = ("closed-form",)
+
+    optimizer: Literal["closed-form"] = "closed-form"
+    """closed-form: there is nothing to optimize."""
+    epochs: int = 1
+    """Passes over the training data: one is enough."""
+    seed: int = 0
+    """Names the run; the model is the same for every seed."""
+
+    def _check(self) -> None:
+        super()._check()
+        if self.epochs != 1:
+            raise ValueError(f"epochs must be 1 with {self.model}, which is computed in one pass, got {self.epochs}")

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import filelock
-
 # Names of files that are not finished yet, and of the one that a process locks: hidden, and never data of a user's.
 PARTIAL = ".partial-"
 LOCK = ".lock"
@@ -190,6 +188,8 @@ def claim(path: Path) -> Iterator[bool]:
 
     The claim ends with the block, or with the process, however it ends: the system keeps it. The file stays.
     """
+    import filelock  # not needed to show the options of a command
+
     lock = filelock.FileLock(path)
     try:
         lock.acquire(blocking=False)

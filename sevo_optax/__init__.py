@@ -48,4 +48,4 @@ __version__ = "0.1.0"
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return sorted([*__all__, "__version__"])

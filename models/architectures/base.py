@@ -171,6 +171,9 @@ class Recommender(nnx.Module):
         table, bias = self.items(represented)
         return vectors.astype(jnp.promote_types(vectors.dtype, table.dtype)) @ table.T + bias
 
+    def constrain(self) -> None:
+        """Puts the parameters back to where the model wants them; training calls it after every update."""
+
     def penalty(
         self, batch: Any, queries: Queries, represented: Any, loss: jax.Array, key: jax.Array | None = None
     ) -> jax.Array | float:

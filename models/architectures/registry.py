@@ -11,6 +11,14 @@ from models.config import TrainConfig
 MODELS: dict[str, str] = {
     "sasrec": "sasrec:SASRec",
     "bert4rec": "bert4rec:BERT4Rec",
+    "mf-bpr": "mf_bpr:MFBPR",
+    "lightgcn": "lightgcn:LightGCN",
+    "item-knn": "item_knn:ItemKNN",
+    "popularity": "popularity:Popularity",
+    "gru4rec": "gru4rec:GRU4Rec",
+    "stosa": "stosa:STOSA",
+    "sr-gnn": "sr_gnn:SRGNN",
+    "lessr": "lessr:LESSR",
     "maerec": "maerec:MAERec",
 }
 DEFAULT = "sasrec"

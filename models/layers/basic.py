@@ -49,6 +49,11 @@ class Dropout(nnx.Module):
         return jnp.where(keep, x / (1 - self.rate), 0)
 
 
+def symmetric_uniform(bound: float) -> nnx.Initializer:
+    """Draws uniformly from [-bound, bound): PyTorch's usual initialisation, with a bound that depends on the layer."""
+    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def split_keys(key: jax.Array | None, count: int) -> list[jax.Array | None]:
     """``count`` keys out of one, or as many times None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
@@ -83,8 +88,9 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (…, in_features) to (…, out_features)."""
+        bias = jnp.zeros(self.out_features, x.dtype) if self.bias is None else self.bias[...].astype(x.dtype)
         with jax.named_scope("projections"):
-            return _affine(x, self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype))
+            return _affine(x, self.kernel[...].astype(x.dtype), bias)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

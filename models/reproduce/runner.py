@@ -220,7 +220,7 @@ def usual_workers() -> int:
     """
     import jax
 
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):  # Windows does not tell its memory that way
         return 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(_num_cores(), memory // BYTES_A_WORKER))

@@ -2,20 +2,19 @@
 
 import contextlib
 import dataclasses
-import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
 from models.evaluation import metrics
+from models.training.interrupts import stop_gently
 from models.training.prepare import Prepared
 from models.training.program import Program
 from models.training.progress import Progress
@@ -34,30 +33,6 @@ class DivergedError(ValueError):
         self.failures, self.results = dict(failures), list(results)
         alone = len(self.results) == 1
         super().__init__("; ".join(text if alone else f"seed {seed}: {text}" for seed, text in failures.items()))
-
-
-@contextlib.contextmanager
-def _stop_gently() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C (or SIGTERM) into an event: to stop when the epoch is over. The second acts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        del frame
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Python would see it only when the epoch is over; the system does not wait.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        tqdm.write(f"{signal.Signals(number).name}: saving after this epoch; once more stops at once")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(
@@ -168,7 +143,7 @@ class _Group:
         """Trains until every run is finished or has diverged."""
         config = self.config
         title = self.runs[0].optimizer + (f", {len(self.runs)} seeds" if len(self.runs) > 1 else "")
-        with _stop_gently() as asked, Progress(title, epochs=config.epochs, done=self.done) as self.progress:
+        with stop_gently() as asked, Progress(title, epochs=config.epochs, done=self.done) as self.progress:
             if self.done == config.epochs:
                 self._evaluate_late()
             self._part_with_stopped(self.done)

@@ -59,7 +59,17 @@ def load(path: str | os.PathLike[str]) -> jsparse.BCOO:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it holds something else than symmetric weights.
+      ValueError: if it holds something else than symmetric weights, or more than fits into memory.
+
+    Examples:
+      >>> import tempfile
+      >>> import scipy.sparse
+      >>> from sevo_optax import graph
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     scipy.sparse.save_npz(f"{folder}/graph.npz", scipy.sparse.csr_array([[0.0, 2.0], [2.0, 0.0]]))
+      ...     graph.load(f"{folder}/graph.npz").todense()
+      Array([[0., 2.],
+             [2., 0.]], dtype=float32)
     """
     with open(path, "rb") as file:
         # The arrays are stored as they are, and twice as large in float64.

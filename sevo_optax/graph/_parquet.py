@@ -79,6 +79,19 @@ def from_parquet(
       ImportError: if neither pyarrow nor polars is installed.
       TypeError: if ids are not integers or weights not real numbers.
       ValueError: if a column is missing or holds nulls, or as for :func:`from_edges`.
+
+    Examples:
+      >>> import tempfile
+      >>> import pyarrow
+      >>> import pyarrow.parquet
+      >>> from sevo_optax import graph
+      >>> edges = pyarrow.table({"source": [0, 1], "target": [1, 2], "weight": [1.0, 0.5]})
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     pyarrow.parquet.write_table(edges, f"{folder}/edges.parquet")
+      ...     graph.from_parquet(folder, num_nodes=3).todense()
+      Array([[0. , 1. , 0. ],
+             [1. , 0. , 0.5],
+             [0. , 0.5, 0. ]], dtype=float32)
     """
     num_nodes = check_num_nodes(num_nodes)
     check_choice(symmetrize, SYMMETRIZE, "symmetrize")

@@ -55,13 +55,14 @@ class ToyProgram:
         return np.stack(losses)
 
     def ranks(self, ranking):
-        return np.stack([self._ranks(params) for params in self.params])
+        return np.stack([self._ranks(params, ranking.num_users) for params in self.params])
 
-    def _ranks(self, params):
-        return np.argsort(np.sin(1e3 * np.asarray(params["w"]).ravel()[np.arange(24) % 6] * np.arange(1, 25)))
+    def _ranks(self, params, num_users):
+        users = np.arange(num_users)
+        return np.argsort(np.sin(1e3 * np.asarray(params["w"]).ravel()[users % 6] * (1 + users)))
 
     def test(self, params):
-        ranks = self._ranks(params)
+        ranks = self._ranks(params, self.prepared.test.num_users)
         return ranks, metrics.summarize(ranks, self.config.ks)
 
     def params_of(self, i):
