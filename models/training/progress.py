@@ -115,11 +115,11 @@ class Progress:
             print(f"{self._name}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """Says something about the run, beside the bar."""
+        """Says on standard output what became of the run, in silence too, and beside the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        elif not self._silent:
-            print(f"{self._name}: {text}", file=sys.stderr, flush=True)
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
 
 
 def duration(seconds: float) -> str:
