@@ -69,7 +69,9 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
     return epoch
 
 
-def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Sequence[Group]) -> Callable[..., Any]:
+def make_diagnose(
+    graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Sequence[Group], axes: Mapping[str, int]
+) -> Callable[..., Any]:
     """Builds ``diagnose(state, opt_state, feed, sampler, context, adjacency, key)``: what the next step would be like.
 
     It takes the gradient of one batch through the stages of the optimizer, and changes nothing. For each group of
@@ -107,7 +109,9 @@ def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Se
                 smoothed = updates
 
         def nodes(tree: Any, group: Group) -> jax.Array:
-            return jnp.concatenate([leaf for table in group for leaf in jax.tree.leaves(_part(tree, table))])
+            """The values of a group's tables, one row a node."""
+            leaves = [(axes.get(table, 0), leaf) for table in group for leaf in jax.tree.leaves(_part(tree, table))]
+            return jnp.concatenate([jnp.moveaxis(leaf, axis, 0) for axis, leaf in leaves])
 
         def relative(x: jax.Array) -> jax.Array:
             return smoothness(x, adjacency) / jnp.maximum(jnp.sum(x * x), jnp.finfo(x.dtype).tiny)
@@ -160,7 +164,8 @@ class Program:
         loss = make_loss(config)
         epoch = make_epoch(self.graphdef, tx, loss)
         groups = () if prepared.nodes is None else prepared.nodes.groups
-        diagnose = make_diagnose(self.graphdef, stages, loss, groups)
+        axes = {} if prepared.nodes is None else prepared.nodes.axes
+        diagnose = make_diagnose(self.graphdef, stages, loss, groups, axes)
 
         def init(state: nnx.State) -> Any:
             return tx.init(nnx.filter_state(state, nnx.Param))
