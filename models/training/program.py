@@ -49,7 +49,7 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
 
             def loss_fn(params: Any) -> tuple[jax.Array, Any]:
                 key = jax.random.fold_in(step_key, index)
-                model = nnx.merge(graphdef, params, rest)
+                model = nnx.merge(graphdef, params, rest, copy=True)  # of its own, so that it may change
                 value = training_loss(
                     model, loss, feed.batch(index), context, sampler, key, max_num_targets=feed.max_num_targets
                 )
@@ -58,8 +58,9 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
             (value, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
             with jax.named_scope("optimizer"):
                 updates, opt_state = tx.update(grads, opt_state, params)
-                params = optax.apply_updates(params, updates)
-            return (params, rest, opt_state), value
+                model = nnx.merge(graphdef, optax.apply_updates(params, updates), rest)
+                model.constrain()
+            return (nnx.state(model, nnx.Param), rest, opt_state), value
 
         carry, losses = jax.lax.scan(step, (params, rest, opt_state), jnp.arange(feed.num_batches))
         params, rest, opt_state = carry
@@ -94,7 +95,7 @@ def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Se
         params, rest = nnx.split_state(state, nnx.Param, ...)
 
         def loss_fn(params: Any) -> jax.Array:
-            model = nnx.merge(graphdef, params, rest)
+            model = nnx.merge(graphdef, params, rest, copy=True)
             return training_loss(model, loss, batch, context, sampler, step_key, max_num_targets=feed.max_num_targets)
 
         updates = jax.grad(loss_fn)(params)
