@@ -17,7 +17,16 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from models.files import write_bytes
 
 # Colours that stay apart for colour-blind readers, one an optimizer everywhere.
-COLORS = {"adamw": "#7f7f7f", "sevo-adamw": "#0072b2", "sevo-gradient": "#d55e00"}
+COLORS = {
+    "adam": "#b0a060",
+    "adamw": "#7f7f7f",
+    "sgd": "#9467bd",
+    "sevo-adam": "#e69f00",
+    "sevo-adamw": "#0072b2",
+    "sevo-gradient": "#d55e00",
+    "sevo-gradient-uncorrected": "#cc79a7",
+    "sevo-sgd": "#009e73",
+}
 # For runs of the same optimizer.
 STYLES = ["-", "--", ":", "-."]
 

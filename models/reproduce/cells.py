@@ -1,19 +1,28 @@
 """A cell: one training run of a table, kept as a small JSON file."""
 
 import dataclasses
+import functools
 import glob
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from models.config import TrainConfig
+from models.architectures.registry import config_from_dict
+from models.config import SourceConfig, TrainConfig
 from models.files import check_format, read_json, write_text
-from models.reproduce.tables import METRICS, Family
+from models.reproduce.tables import METRICS, PLAIN, SMOOTHING, Family
 from models.training.files import curve
 
 # Of a cell's JSON. Cells that say nothing are of the first format.
-FORMAT = 1
+FORMAT = 2
+# How often the meaning of an arm has changed, counted from 1; and what its cells of an earlier revision did.
+REVISIONS = {"sevo-gradient": 2}
+EARLIER = {"sevo-gradient": "corrected the moments of all tables, not of the smoothed ones alone"}
+# What a run records and writes besides, and what does not change it.
+ASIDE = ("cache_dir", "diagnostics", "keep_epochs", "ks", "optimizer", "per_user", "tensorboard")
+SOURCE = tuple(field.name for field in dataclasses.fields(SourceConfig))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Cell:
       device: what it ran on.
       versions: of the packages it ran with.
       history: of each epoch, its number, its mean training loss and, where evaluated, metrics of the validation items.
+      inference_seconds: median seconds in which all validation users' lists were ranked, likewise; None: not known.
+      revision: of what the arm's name means, see ``REVISIONS``.
       format: of the file. A later one may have more fields; those of an earlier one have values that mean the same.
     """
 
@@ -58,7 +69,9 @@ class Cell:
     device: str
     versions: dict[str, str]
     history: list[dict[str, Any]]
-    format: int = FORMAT
+    inference_seconds: float | None = None
+    revision: int = 1
+    format: int = 1
 
     @classmethod
     def from_result(
@@ -88,12 +101,16 @@ class Cell:
             if "validation" in record:
                 validation = record["validation"]
                 kept["validation"] = _rounded({name: validation[name] for name in METRICS if name in validation})
+            if "diagnostics" in record:
+                kept["diagnostics"] = {name: float(f"{value:.5g}") for name, value in record["diagnostics"].items()}
             records.append(kept)
+        # The first compiles.
+        passes = [record["evaluation_seconds"] for record in history if "evaluation_seconds" in record][1:]
         return cls(
             experiment=experiment,
             dataset=family.row.dataset,
             model=config.model,
-            variant=config.loss,
+            variant=portable(config).get("loss", ""),
             arm=family.arm,
             settings=family.settings,
             seed=config.seed,
@@ -107,6 +124,9 @@ class Cell:
             device=result["device"],
             versions=versions,
             history=records,
+            inference_seconds=round(statistics.median(passes) / seeds_together, 4) if passes else None,
+            revision=REVISIONS.get(family.arm, 1),
+            format=FORMAT,
         )
 
     @classmethod
@@ -145,6 +165,38 @@ class Cell:
         """Points (epoch, validation NDCG@10)."""
         return curve(self.history)
 
+    @property
+    def outdated(self) -> str | None:
+        """What an earlier version of the arm did, if the cell is of one."""
+        return EARLIER[self.arm] if self.revision < REVISIONS.get(self.arm, 1) else None
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What was trained, see :func:`identity_of`."""
+        return _identity(_completed(self.config, self.model), self.arm)
+
+    def serves(self, family: Family, config: TrainConfig | None = None) -> bool:
+        """Whether this cell, of whatever table, is one of a family.
+
+        Args:
+          family: the family.
+          config: the whole configuration that is wanted; None: data sources and epochs do not matter.
+        """
+        wanted = family.config() if config is None else config
+        if (self.arm, self.dataset) != (family.arm, family.row.dataset) or self.outdated:
+            return False
+        values = wanted.to_dict()
+        if values.get("keep_epochs") or (values.get("diagnostics") and not self.config.get("diagnostics")):
+            return False
+        if self.identity != identity_of(wanted, family.arm):
+            return False
+        if config is None:
+            return True
+        found, sought = _completed(self.config, self.model), portable(config)
+        if any(found[name] != sought[name] for name in SOURCE if name in sought):
+            return False
+        return self.config["epochs"] >= config.epochs
+
     def lacks(self, config: TrainConfig) -> str | None:
         """What keeps this cell from being the run of a configuration.
 
@@ -165,7 +217,9 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     """A configuration as it is kept in a cell: plain JSON, without paths of this machine."""
     values = config.to_dict()
     del values["cache_dir"]
-    values["data"] = None if config.data is None else config.data.name
+    for name in ("data", "attributes"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name]).name
     return values
 
 
@@ -179,10 +233,93 @@ def cell_path(results_dir: Path, experiment: str, family: Family, seed: int) -> 
     return results_dir / experiment / f"{family.name}-seed{seed}.json"
 
 
-def read_family(results_dir: Path, experiment: str, family: Family) -> list[Cell]:
-    """The cells of a family that are there, by seed."""
-    pattern = f"{glob.escape(family.name)}-seed*.json"
-    return sorted(map(Cell.read, (results_dir / experiment).glob(pattern)), key=lambda cell: cell.seed)
+def identity_of(config: TrainConfig, arm: str) -> str:
+    """What is trained, apart from the data and the seed: two runs that agree in it differ in nothing that counts.
+
+    Fields that the arm does not heed are left out, and so is what a smoothing that changes nothing is made of.
+    """
+    return _identity(portable(config), arm)
+
+
+def _identity(values: Mapping[str, Any], arm: str) -> str:
+    kept = {name: x for name, x in values.items() if name not in (*ASIDE, *SOURCE, "seed")}
+    if kept.get("schedule") == "constant":
+        del kept["epochs"]
+    if arm in PLAIN or "beta" not in kept:
+        unheeded = SMOOTHING
+    elif kept["beta"] == 0 or (kept["num_layers"] == 0 and kept["smoothing"] == "neumann" and kept["rescale"]):
+        # The identity, over whatever graph. Whether moments are corrected still counts.
+        unheeded = tuple(name for name in SMOOTHING if name != "moment_correction")
+    elif kept["max_hops"] == 1:
+        unheeded = ("graph_weighting",)  # there are no distances but 1
+    else:
+        unheeded = ()
+    return json.dumps({name: x for name, x in kept.items() if name not in unheeded}, sort_keys=True)
+
+
+def _completed(values: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """A cell's configuration with what is newer than the cell, and without what there is no longer."""
+    usual = _defaults(model)
+    return usual | {name: x for name, x in values.items() if name in usual}
+
+
+@functools.cache
+def _defaults(model: str) -> dict[str, Any]:
+    return portable(config_from_dict({"model": model}))
+
+
+class Cells:
+    """The cells in a folder of results. Each is read once.
+
+    A cell belongs to the table whose folder it is in. Where another table wants the very same run, it takes that cell
+    instead of training it again.
+
+    Args:
+      results_dir: the folder.
+    """
+
+    def __init__(self, results_dir: Path) -> None:
+        self.results_dir = results_dir
+        self._read: dict[Path, Cell] = {}
+
+    def read(self, path: Path) -> Cell:
+        """A cell, see :meth:`Cell.read`."""
+        if path not in self._read:
+            self._read[path] = Cell.read(path)
+        return self._read[path]
+
+    @functools.cached_property
+    def _by_identity(self) -> dict[str, list[tuple[Path, Cell]]]:
+        found: dict[str, list[tuple[Path, Cell]]] = {}
+        for path in sorted(self.results_dir.glob("*/*.json")):
+            cell = self.read(path)
+            found.setdefault(cell.identity, []).append((path, cell))
+        return found
+
+    def all(self) -> list[Cell]:
+        """All cells of all tables."""
+        return [cell for cells in self._by_identity.values() for _, cell in cells]
+
+    def of(self, experiment: str, family: Family) -> list[Cell]:
+        """The cells of a family that are there, by seed: the table's own, else those of other tables.
+
+        Cells of an earlier revision of the arm are given only where there are no others: the two are not mixed.
+        """
+        pattern = f"{glob.escape(family.name)}-seed*.json"
+        own = {cell.seed: cell for cell in map(self.read, sorted((self.results_dir / experiment).glob(pattern)))}
+        found = {seed: cell for seed, cell in own.items() if not cell.outdated}
+        for _, cell in self._by_identity.get(identity_of(family.config(), family.arm), ()):
+            if cell.seed not in found and cell.serves(family):
+                found[cell.seed] = cell
+        found = found or own
+        return [found[seed] for seed in sorted(found)]
+
+    def shared(self, family: Family, config: TrainConfig) -> Path | None:
+        """Where another table has the cell of a configuration; None: nowhere."""
+        for path, cell in self._by_identity.get(identity_of(config, family.arm), ()):
+            if cell.seed == config.seed and cell.serves(family, config):
+                return path
+        return None
 
 
 def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:

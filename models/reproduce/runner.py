@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from models.config import Optimizer, TrainConfig
 from models.files import claim, read_json
 from models.memory import out_of_memory_told
-from models.reproduce.cells import Cell, cell_path, defaults_of, portable
-from models.reproduce.tables import Family, Table
+from models.reproduce.cells import REVISIONS, Cell, Cells, cell_path, defaults_of, identity_of, portable
+from models.reproduce.tables import PLAIN, Dataset, Family, Table
 from models.training.files import read_history
 
 if TYPE_CHECKING:
@@ -47,14 +47,17 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether the cell is there.
+        """Whether the cell is there. One of an earlier revision of its arm is not.
 
         Raises:
           ValueError: if it is, but comes from another configuration.
         """
         if not self.path.exists():
             return False
-        lacks = Cell.read(self.path).lacks(self.config)
+        cell = Cell.read(self.path)
+        if cell.outdated:
+            return False
+        lacks = cell.lacks(self.config)
         if lacks:
             raise ValueError(
                 f"{self.path} was made with {lacks}; "
@@ -102,22 +105,23 @@ def plan(
             if value not in known:
                 raise ValueError(f"{name} must be among {', '.join(sorted(known))} in {table.name}, got {value}")
     jobs, done = [], 0
+    cells, planned = Cells(results_dir), set()
     for row in table.rows:
         if (datasets and row.dataset not in datasets) or (models and row.config.model not in models):
             continue
         dataset = table.datasets[row.dataset]
         fields = dataset.public if data_dir is None else {"data": data_dir / dataset.file}
-        if epochs is not None:
+        if epochs is not None and not row.closed_form:
             fields = fields | {"epochs": epochs}
-        for seed in range(seeds):
+        for seed in range(1 if row.closed_form else seeds):
             for family in row.families:
                 if arms and family.arm not in arms:
                     continue
                 path = cell_path(results_dir, table.name, family, seed)
-                config = family.config(**fields, seed=seed)
+                config = family.config(**fields, **_attributes(family, dataset, data_dir), seed=seed)
                 folder = find_folder(work_dir / table.name, path.stem, family.arm, config)
                 job = Job(table.name, family, config, path, folder)
-                if job.done:
+                if job.done or cells.shared(family, config) is not None:
                     done += 1
                     continue
                 if data_dir is not None and not config.data.is_file():
@@ -126,8 +130,29 @@ def plan(
                         f"first. Put it there, leave {row.dataset} out of --datasets, or leave out --data-dir "
                         f"to fetch the public {dataset.public.get('data')}"
                     )
-                jobs.append(job)
+                # Two families of a table may be the same run, such as those of two methods at beta 0.
+                run = (row.dataset, identity_of(config, family.arm), family.arm, seed)
+                if run not in planned:
+                    planned.add(run)
+                    jobs.append(job)
     return jobs, done
+
+
+def _attributes(family: Family, dataset: Dataset, data_dir: Path | None) -> dict[str, Path]:
+    """The field that says where the attributes are, if a family's graph is one of attributes.
+
+    Raises:
+      ValueError: if they are nowhere.
+    """
+    if family.arm in PLAIN or "attributes" not in getattr(family.config(), "graph", ()):
+        return {}
+    if dataset.attributes is None or data_dir is None:
+        name = dataset.attributes or "a file of attributes, which the table does not name"
+        raise ValueError(f"data_dir: {family.name} needs {name}; give the folder that holds it with --data-dir")
+    path = data_dir / dataset.attributes
+    if not path.is_file():
+        raise ValueError(f"data_dir: {path} does not exist; {family.name} needs it")
+    return {"attributes": path}
 
 
 def train(jobs: Sequence[Job]) -> None:
@@ -184,13 +209,19 @@ class _Data:
         from models.training.prepare import prepare
 
         # Whatever else differs may make a difference.
-        key = dataclasses.replace(config, seed=0, beta=0.0, num_layers=1, optimizer="adamw")
+        key = config if config.optimizer == "closed-form" else _without_strengths(config)
         if key != self._key:
             self._key = self._prepared = None  # two data sets at once may be too many
             interactions = load_interactions(config)
             print(f"{config.data}: {interactions}", flush=True)
             self._key, self._prepared = key, prepare(interactions, config)
         return self._prepared
+
+
+def _without_strengths(config: TrainConfig) -> TrainConfig:
+    """The configuration without what the data do not depend on."""
+    usual = {"learning_rate": 1e-3, "weight_decay": 0.1, "rescale": True, "moment_correction": True}
+    return dataclasses.replace(config, seed=0, beta=0.0, num_layers=1, optimizer="adamw", smoothing="neumann", **usual)
 
 
 def _write_cell(job: Job, result: "Result") -> None:
@@ -285,6 +316,8 @@ def find_folder(parent: Path, name: str, arm: Optimizer, config: TrainConfig) ->
     Returns:
       The folder of that run or, if there is none, one that no other run has.
     """
+    if arm in REVISIONS:  # what an earlier revision has begun must not go on as this one
+        name = f"{name}-revision{REVISIONS[arm]}"
     usual = parent / f"{name}-{_digest(config)}"
     candidates = [usual, *sorted(parent.glob(f"{glob.escape(name)}-*"))]
     found = [folder for folder in candidates if _is_run_of(folder, arm, config)]
@@ -300,7 +333,8 @@ def _is_run_of(folder: Path, arm: Optimizer, config: TrainConfig) -> bool:
         values = read_json(folder / "run.json")
         # What is newer than the run had its default. What the run has and this version has not does nothing any more.
         found = defaults_of(config) | values["config"] | {"optimizer": values.get("optimizer")}
-        found["data"] = found["data"] and Path(found["data"]).name
+        for name in ("data", "attributes"):
+            found[name] = found.get(name) and Path(found[name]).name
     except (OSError, ValueError, KeyError, TypeError):
         return False  # no run, or one that nobody can go on with
     wanted = _of_a_run(config) | {"optimizer": arm}

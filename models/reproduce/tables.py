@@ -1,7 +1,8 @@
-"""What to reproduce: tables declared in YAML, in ``models/reproduce/tables``.
+"""What to reproduce: tables and figures declared in YAML, in ``models/reproduce/tables``.
 
-A table has datasets, arms and rows; a row is a preset on a dataset, trained with every arm, for every value of what it
-varies, and holds the published figures to compare with. See ``table-3.yaml`` for an example.
+A table has datasets, arms and rows; a row is a preset (or a model) on a dataset, trained with every arm, for every value
+of what it varies, and holds the published figures to compare with. A figure is a table that says how it is drawn. See
+``table-4.yaml`` for an example.
 """
 
 import dataclasses
@@ -15,14 +16,25 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from models.architectures.registry import config_from_dict
+from models.architectures.registry import config_from_dict, model_class
 from models.config import SELECTION, Optimizer, TrainConfig
 from models.presets import checked_fields, find, load_preset
 from models.validation import STRICT, check, read_yaml
 
 FOLDER = Path(__file__).parent / "tables"
 METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10")
-# What plain AdamW does not depend on.
+# The arms without smoothing.
+PLAIN: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
+# The plain arms that a smoothed one is compared with. The paper's plain rows are Adam's, with settings of its own.
+BASELINES: dict[Optimizer, tuple[Optimizer, ...]] = {
+    "adamw": ("adam",),
+    "sevo-adamw": ("adam", "adamw"),
+    "sevo-gradient": ("adam", "adamw"),
+    "sevo-gradient-uncorrected": ("adam", "adamw"),
+    "sevo-adam": ("adam",),
+    "sevo-sgd": ("sgd",),
+}
+# What the plain arms do not depend on.
 SMOOTHING = (
     "beta",
     "num_layers",
@@ -35,13 +47,22 @@ SMOOTHING = (
     "graph_keep",
     "graph_weighting",
     "max_hops",
+    "attributes",
+    "attribute_item_column",
+    "attribute_column",
 )
 
 
 # Fields that no row may set.
-DECIDED = {"seed": "every row is trained with seeds 0, 1, …", "data": "the dataset says where they are"}
+DECIDED = {
+    "seed": "every row is trained with seeds 0, 1, …",
+    "data": "the dataset says where they are",
+    "attributes": "the dataset says where they are",
+}
 
 AtLeastOne = Annotated[int, Field(ge=1)]
+PictureKind = Literal["curves", "loss", "lines", "bars", "smoothness", "gains", "times", "maps"]
+Measured = Literal["raw update", "smoothed update", "embedding"]
 
 
 @with_config(STRICT)
@@ -50,11 +71,13 @@ class PublishedFile(TypedDict):
 
     label: NotRequired[str]
     arm: NotRequired[Optimizer]
-    metrics: dict[Literal[METRICS], float]
+    settings: NotRequired[dict[str, Any]]
+    metrics: NotRequired[dict[Literal[METRICS], float]]
     runs: NotRequired[Annotated[list[float], Field(min_length=2)]]
     num_runs: NotRequired[AtLeastOne]
     deviation: NotRequired[Annotated[float, Field(ge=0)]]
     losses: NotRequired[dict[AtLeastOne, tuple[float, float, float]]]
+    smoothness: NotRequired[dict[Measured, float]]
 
 
 @with_config(STRICT)
@@ -63,7 +86,8 @@ class RowFile(TypedDict):
 
     title: str
     dataset: str
-    preset: str
+    preset: NotRequired[str]
+    model: NotRequired[str]
     name: NotRequired[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]]
     arms: NotRequired[Annotated[list[Optimizer], Field(min_length=1)]]
     presets: NotRequired[dict[Optimizer, str]]
@@ -77,7 +101,35 @@ class DatasetFile(TypedDict):
     """A dataset, as a file gives it."""
 
     file: str
+    attributes: NotRequired[str]
     public: dict[str, Any]
+
+
+@with_config(STRICT)
+class PictureFile(TypedDict):
+    """How a table is drawn, as a file gives it."""
+
+    kind: PictureKind
+    over: NotRequired[str]
+    groups: NotRequired[dict[str, list[str]]]
+
+
+@with_config(STRICT)
+class GainFile(TypedDict):
+    """A published average gain, as a file gives it."""
+
+    subject: str
+    arm: Optimizer
+    settings: NotRequired[dict[str, Any]]
+    gain: float
+
+
+@with_config(STRICT)
+class TimesFile(TypedDict):
+    """Published seconds, as a file gives them."""
+
+    training: NotRequired[float]
+    inference: NotRequired[float]
 
 
 @with_config(STRICT)
@@ -89,6 +141,17 @@ class TableFile(TypedDict):
     label: str
     datasets: Annotated[dict[str, DatasetFile], Field(min_length=1)]
     arms: Annotated[list[Optimizer], Field(min_length=1)]
+    picture: NotRequired[PictureFile]
+    gains: NotRequired[list[GainFile]]
+    times: NotRequired[dict[str, TimesFile]]
+    rows: NotRequired[Annotated[list[RowFile], Field(min_length=1)]]
+    include: NotRequired[Annotated[list[str], Field(min_length=1)]]
+
+
+@with_config(STRICT)
+class RowsFile(TypedDict):
+    """More rows of a table, in a file of their own."""
+
     rows: Annotated[list[RowFile], Field(min_length=1)]
 
 
@@ -100,17 +163,21 @@ class Published:
       label: whose they are.
       metrics: means by name.
       arm: the optimizer they are to be compared with; None: none of ours.
+      settings: the values, of what the row varies, that they are for; those left out do not matter.
       num_runs: how many runs the means are of.
       deviation: standard deviation of NDCG@10 over these runs; None: not known.
       losses: least, mean and largest training loss of the runs, by epoch.
+      smoothness: Dirichlet energies after the last epoch, by what was measured.
     """
 
     label: str
-    metrics: dict[str, float]
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     arm: Optimizer | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_runs: int | None = None
     deviation: float | None = None
     losses: dict[int, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
+    smoothness: dict[Measured, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +205,16 @@ class Family:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         return f"{self.arm} ({settings})" if settings else self.arm
 
+    def baseline(self, arm: Optimizer) -> "Family":
+        """The family of a plain arm that this one is compared with."""
+        return Family(self.row, arm, {name: x for name, x in self.settings.items() if name not in SMOOTHING})
+
     @property
-    def baseline(self) -> "Family":
-        """The family of plain AdamW that this one is compared with."""
-        settings = {name: value for name, value in self.settings.items() if name not in SMOOTHING}
-        return Family(self.row, "adamw", settings)
+    def published(self) -> Published | None:
+        """The published figures to compare with: those for this arm and these settings."""
+        return next(
+            (x for x in self.row.published if x.arm == self.arm and x.settings.items() <= self.settings.items()), None
+        )
 
     def config(self, **fields: Any) -> TrainConfig:
         """The checked configuration, with some more fields."""
@@ -180,11 +252,22 @@ class Row:
         return config_from_dict(self.fields | {"optimizer": self.arms[0]})
 
     @property
+    def subject(self) -> str:
+        """The title without the dataset: rows of several datasets that belong together share it."""
+        return self.title.rpartition(" on ")[0] or self.title
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether there is nothing to train, so that one seed says everything."""
+        return model_class(self.fields["model"]).feed == "none"
+
+    @property
     def name(self) -> str:
         """Of files: dataset, model and loss, or what the table calls it."""
         if self.given_name is not None:
             return self.given_name
-        return f"{self.dataset}-{self.config.model}-{self.config.loss}"
+        loss = "" if self.closed_form else f"-{self.config.loss}"
+        return f"{self.dataset}-{self.fields['model']}{loss}"
 
     @property
     def families(self) -> list[Family]:
@@ -194,15 +277,20 @@ class Row:
             settings = dict(zip(self.vary, values, strict=True))
             for arm in self.arms:
                 family = Family(self, arm, settings)
-                if arm == "adamw":
-                    family = family.baseline
+                if arm in PLAIN:
+                    family = family.baseline(arm)
                 if family not in found:
                     found.append(family)
         return found
 
     def published_for(self, arm: Optimizer) -> Published | None:
-        """The published figures of an arm."""
-        return next((published for published in self.published if published.arm == arm), None)
+        """The published figures of an arm that do not depend on what is varied."""
+        return next((x for x in self.published if x.arm == arm and not x.settings), None)
+
+    @property
+    def published_plain(self) -> Published | None:
+        """What published gains are over: the paper's plain row is Adam's, and other sources name theirs AdamW."""
+        return next((x for arm in PLAIN if (x := self.published_for(arm)) is not None and x.metrics), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,38 +300,87 @@ class Dataset:
     Attributes:
       file: the file's name in the data folder, 'user item item …' a line.
       public: fields of ``TrainConfig`` that fetch a public build of it instead.
+      attributes: the name of the file with the items' attributes in that folder; None: there is none.
     """
 
     file: str
     public: dict[str, Any]
+    attributes: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """How a table is drawn.
+
+    Attributes:
+      kind: curves: validation NDCG@10 and training loss over epochs, of each row. loss: the training loss alone. lines:
+        test NDCG@10 over what is varied, of each row. bars: test NDCG@10 of every arm, of each row. smoothness: the
+        Dirichlet energies over what is varied. gains: average gains of each subject. times: seconds of an epoch and of
+        an inference. maps: item tables in two dimensions, after the epochs that they were kept after.
+      over: lines, smoothness: the setting on the horizontal axis.
+      groups: maps: attributes of items by the name of their colour group.
+    """
+
+    kind: PictureKind = "curves"
+    over: str | None = None
+    groups: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedGain:
+    """A published gain, averaged over data sets and metrics.
+
+    Attributes:
+      subject: the :attr:`Row.subject` of the rows that are averaged.
+      arm: the optimizer.
+      settings: the values of what the rows vary.
+      gain: relative, over the paper's plain rows.
+    """
+
+    subject: str
+    arm: Optimizer
+    gain: float
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A published table, or a question of our own.
+    """A published table or figure, or a question of our own.
 
     Attributes:
       name: of its file and of the folder of its cells.
       title: for readers.
       description: for readers, what must be known to read it.
+      label: whose the published figures are, where they do not say themselves.
       datasets: by name.
       rows: in the order in which they are trained and shown.
+      picture: how it is drawn.
+      gains: published average gains.
+      times: published seconds, ``training`` and ``inference``, by the rows' subject.
     """
 
     name: str
     title: str
     description: str
+    label: str
     datasets: dict[str, Dataset]
     rows: tuple[Row, ...]
+    picture: Picture = dataclasses.field(default_factory=Picture)
+    gains: tuple[PublishedGain, ...] = ()
+    times: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def table_names() -> list[str]:
-    """The tables that exist, in the order of the report.
+    """The tables and figures that exist, in the order of the report.
 
-    >>> table_names()
-    ['table-3', 'cross-entropy']
+    >>> table_names()[:2]
+    ['table-3', 'table-4']
     """
-    return sorted((path.stem for path in FOLDER.glob("*.yaml")), key=lambda name: (not name.startswith("table-"), name))
+
+    def order(name: str) -> tuple[bool, bool, str]:
+        return not name.startswith("table-"), not name.startswith("figure-"), name
+
+    return sorted((path.stem for path in FOLDER.glob("*.yaml")), key=order)
 
 
 def load_table(name_or_path: str | PathLike[str]) -> Table:
@@ -259,13 +396,27 @@ def load_table(name_or_path: str | PathLike[str]) -> Table:
     path = find(f"table-{name}" if name.isdecimal() else name_or_path, FOLDER, kind="table")
     values = check(read_yaml(path), TableFile, where=str(path))
     datasets = {
-        name: Dataset(source["file"], checked_fields(source["public"], where=f"{path}: datasets: {name}: public"))
+        name: Dataset(
+            source["file"],
+            checked_fields(source["public"], where=f"{path}: datasets: {name}: public"),
+            source.get("attributes"),
+        )
         for name, source in values["datasets"].items()
     }
     arms = tuple(values["arms"])
-    rows = []
-    for i, row in enumerate(values["rows"], start=1):
-        rows.append(_row(row, f"{path}: rows {i}", path.parent, datasets, arms, values["label"]))
+    if not {"rows", "include"} & set(values):
+        raise ValueError(f"{path}: rows is missing; give rows, or include with files that hold them")
+    parts = [(path, values.get("rows", []))]
+    for other in values.get("include", []):
+        file = path.parent / other
+        if not file.is_file():
+            raise ValueError(f"{path}: include: {file} does not exist")
+        parts.append((file, check(read_yaml(file), RowsFile, where=str(file))["rows"]))
+    rows = [
+        _row(row, f"{file}: rows {i}", path.parent, datasets, arms, values["label"])
+        for file, found in parts
+        for i, row in enumerate(found, start=1)
+    ]
     names = [row.name for row in rows]
     for row in rows:
         if names.count(row.name) > 1:
@@ -273,7 +424,21 @@ def load_table(name_or_path: str | PathLike[str]) -> Table:
                 f"{path}: two rows are called {row.name}; a dataset, model and loss may stand there once, unless the "
                 "rows have names"
             )
-    return Table(path.stem, values["title"], values["description"].strip(), datasets, tuple(rows))
+    picture = Picture(**values.get("picture", {}))
+    needed = {"lines": "over", "smoothness": "over", "maps": "groups"}.get(picture.kind)
+    if needed and not getattr(picture, needed):
+        raise ValueError(f"{path}: picture: {needed} is missing; {picture.kind} need it")
+    return Table(
+        name=path.stem,
+        title=values["title"],
+        description=values["description"].strip(),
+        label=values["label"],
+        datasets=datasets,
+        rows=tuple(rows),
+        picture=picture,
+        gains=tuple(PublishedGain(**gain) for gain in values.get("gains", [])),
+        times={subject: dict(times) for subject, times in values.get("times", {}).items()},
+    )
 
 
 def _row(
@@ -288,7 +453,12 @@ def _row(
         found.pop("optimizer", None)  # the arms say which
         return found
 
-    fields = fields_of(values["preset"])
+    if ("preset" in values) == ("model" in values):
+        raise ValueError(f"{where}: preset is missing; give a preset, or the model to take its defaults (not both)")
+    if "preset" in values:
+        fields = fields_of(values["preset"])
+    else:
+        fields = checked_fields({"model": values["model"]}, where=where)
     model = fields["model"]
     settings = _settings(values.get("settings", {}), f"{where}: settings", model)
     vary = {
@@ -311,9 +481,7 @@ def _row(
         ),
         given_name=values.get("name"),
     )
-    for arm in arms:
-        if [x.arm for x in row.published].count(arm) > 1:
-            raise ValueError(f"{where}: published: arm {arm} stands there twice; it may once")
+    _check_published(row, where)
     for family in row.families:
         try:
             family.config()
@@ -330,6 +498,23 @@ def _settings(values: Mapping[str, Any], where: str, model: str) -> dict[str, An
     return checked_fields(values, where=where, model=model)
 
 
+def _check_published(row: Row, where: str) -> None:
+    """Checks that published figures are for something that is trained, and that there is one for each."""
+    compared = [x for x in row.published if x.arm is not None]
+    for i, published in enumerate(compared):
+        for name, value in published.settings.items():
+            if value not in row.vary.get(name, ()):
+                raise ValueError(
+                    f"{where}: published: settings: {name} must be a value that the row varies, got {value}"
+                )
+        for other in compared[:i]:
+            if (other.arm, other.settings) == (published.arm, published.settings):
+                with_settings = f" with {published.settings}" if published.settings else ""
+                raise ValueError(
+                    f"{where}: published: arm {published.arm} stands there twice{with_settings}; it may once"
+                )
+
+
 def _published(values: PublishedFile, where: str, label: str) -> Published:
     runs = values.pop("runs", None)
     if runs is not None:
@@ -339,6 +524,6 @@ def _published(values: PublishedFile, where: str, label: str) -> Published:
         values |= {"num_runs": len(runs), "deviation": statistics.stdev(runs)}
     if "deviation" in values and "num_runs" not in values:
         raise ValueError(f"{where}: num_runs is missing; a deviation means nothing without it")
-    if "arm" in values and SELECTION not in values["metrics"]:
+    if "metrics" in values and "arm" in values and SELECTION not in values["metrics"]:
         raise ValueError(f"{where}: metrics: {SELECTION} is missing; an arm is compared by it")
     return Published(**{"label": label} | values)

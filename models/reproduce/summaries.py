@@ -1,0 +1,232 @@
+"""The cells of one family, or of several rows, taken together."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from models.config import SELECTION, Optimizer
+from models.reproduce.cells import Cell, Cells
+from models.reproduce.tables import BASELINES, METRICS, Family, Published, Row, Table
+from models.training.compare import Gain, gain
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The cells of a family, taken together.
+
+    Attributes:
+      family: what was trained.
+      cells: the cells, by seed; at least one.
+    """
+
+    family: Family
+    cells: Sequence[Cell]
+
+    @property
+    def label(self) -> str:
+        """The family's, with marks: † if epochs are missing, ‡ if the arm has changed since."""
+        return self.family.label + (" †" if self.short else "") + (" ‡" if self.outdated else "")
+
+    @property
+    def short(self) -> bool:
+        """Whether epochs are missing."""
+        return self.epochs < self.family.config().epochs
+
+    @property
+    def outdated(self) -> str | None:
+        """What the arm did when a cell was made, if it does something else now."""
+        return next((cell.outdated for cell in self.cells if cell.outdated), None)
+
+    @property
+    def epochs(self) -> int:
+        """The epochs that every seed was asked for."""
+        return min(cell.config["epochs"] for cell in self.cells)
+
+    @cached_property
+    def by_seed(self) -> dict[tuple[int, int], float]:
+        """Test NDCG@10 by seed and epochs: what may be compared between arms."""
+        return {(cell.seed, cell.config["epochs"]): cell.test[SELECTION] for cell in self.cells}
+
+    @property
+    def validation(self) -> float:
+        """Mean of the best validation NDCG@10."""
+        return statistics.fmean(cell.validation[SELECTION] for cell in self.cells)
+
+    def best_within(self, epochs: int) -> float:
+        """Mean of the best validation NDCG@10 of the first epochs; -inf: they were not evaluated."""
+        return statistics.fmean(
+            max((value for epoch, value in cell.curve if epoch <= epochs), default=-math.inf) for cell in self.cells
+        )
+
+    def validation_after(self, epoch: int) -> float | None:
+        """Mean validation NDCG@10 after an epoch; None: a seed was not evaluated then."""
+        values = [dict(cell.curve).get(epoch) for cell in self.cells]
+        return None if None in values else statistics.fmean(values)
+
+    def mean(self, metric: str = SELECTION) -> float:
+        """Mean of a test metric."""
+        return statistics.fmean(cell.test[metric] for cell in self.cells)
+
+    def deviation(self, metric: str = SELECTION) -> float | None:
+        """Standard deviation of a test metric; None: of one seed there is none."""
+        return statistics.stdev(cell.test[metric] for cell in self.cells) if len(self.cells) > 1 else None
+
+    def standard_error(self, published: Published) -> float | None:
+        """Of the difference between our mean and a published one; None: not known."""
+        deviation = self.deviation() if len(self.cells) > 1 else published.deviation
+        if deviation is None:
+            return None
+        ours = deviation**2 / len(self.cells)
+        theirs = published.deviation**2 / published.num_runs if published.deviation is not None else 0.0
+        return math.sqrt(ours + theirs)
+
+    def gain(self, baseline: "Summary | None") -> Gain | None:
+        """Over a plain arm, over the seeds in common; None: there are none."""
+        if baseline is None or self.family == baseline.family:
+            return None
+        common = [key for key in self.by_seed if key in baseline.by_seed]
+        if not common:
+            return None
+        return gain([self.by_seed[key] for key in common], [baseline.by_seed[key] for key in common])
+
+
+class RowCells:
+    """A row of a table, as far as it was trained.
+
+    Args:
+      row: the row.
+      cells: where the cells are.
+      experiment: the table's name.
+    """
+
+    def __init__(self, row: Row, cells: Cells, experiment: str) -> None:
+        self.row = row
+        found = [Summary(family, cells.of(experiment, family)) for family in row.families]
+        self.summaries = [summary for summary in found if summary.cells]
+        self.missing = [summary.family for summary in found if not summary.cells]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All of them."""
+        return [cell for summary in self.summaries for cell in summary.cells]
+
+    def baseline(self, summary: Summary, arm: Optimizer) -> Summary | None:
+        """The family of a plain arm that another is compared with; None: it was not trained, or is the same."""
+        if arm not in BASELINES.get(summary.family.arm, ()):
+            return None
+        wanted = summary.family.baseline(arm)
+        return next((x for x in self.summaries if x.family == wanted), None)
+
+    def chosen(self, summary: Summary) -> bool:
+        """Whether a family is the best of several of its arm, on the validation items, in the epochs that all have."""
+        same = [x for x in self.summaries if x.family.arm == summary.family.arm]
+        common = min(x.epochs for x in same)
+        return len(same) > 1 and summary is max(same, key=lambda x: x.best_within(common))
+
+    def published(self, summary: Summary) -> Published | None:
+        """The published figures of a family. Of several that the same figures are for, the chosen one has them."""
+        found = summary.family.published
+        if found is None:
+            return None
+        same = [x for x in self.summaries if x.family.published is found]
+        return found if len(same) == 1 or self.chosen(summary) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageGain:
+    """The relative gain over a plain arm, averaged over data sets and metrics.
+
+    Attributes:
+      subject: what the rows have in common, such as the model.
+      arm: the arm.
+      settings: the values of what the rows vary.
+      over: the plain arm.
+      gain: the average of what was trained; None: nothing was.
+      datasets: those that were trained.
+      short: whether a cell has fewer epochs than it should.
+    """
+
+    subject: str
+    arm: Optimizer
+    settings: dict[str, Any]
+    over: Optimizer
+    gain: float | None
+    datasets: tuple[str, ...]
+    short: bool
+
+    @property
+    def label(self) -> str:
+        """For readers: the arm and what is varied."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.arm} ({settings})" if settings else self.arm
+
+
+def average_gains(rows: Sequence[RowCells], over: Optimizer) -> list[AverageGain]:
+    """The average gain of each subject, arm and setting over a plain arm: the last line of the paper's Table 3.
+
+    Each data set counts alike, and in it each of ``METRICS``; only seeds that both arms were trained with count.
+    """
+    groups: dict[tuple[str, str], list[tuple[RowCells, Family]]] = {}
+    for row in rows:
+        for family in row.row.families:
+            if over in BASELINES.get(family.arm, ()) and over in row.row.arms:
+                groups.setdefault((row.row.subject, family.label), []).append((row, family))
+    found = []
+    for (subject, _), members in groups.items():
+        gains, datasets, short = [], [], False
+        for row, family in members:
+            summary = next((x for x in row.summaries if x.family == family), None)
+            base = None if summary is None else row.baseline(summary, over)
+            relative = None if base is None else _relative(summary, base)
+            if relative is not None:
+                gains.append(relative)
+                datasets.append(row.row.dataset)
+                short = short or summary.short or base.short
+        _, family = members[0]
+        gain = statistics.fmean(gains) if gains else None
+        found.append(AverageGain(subject, family.arm, family.settings, over, gain, tuple(datasets), short))
+    return found
+
+
+def _relative(summary: Summary, base: Summary) -> float | None:
+    """The relative gain, averaged over the metrics, of the seeds in common; None: there are none."""
+
+    def by_seed(cells: Sequence[Cell]) -> Mapping[tuple[int, int], Cell]:
+        return {(cell.seed, cell.config["epochs"]): cell for cell in cells}
+
+    mine, theirs = by_seed(summary.cells), by_seed(base.cells)
+    common = [key for key in mine if key in theirs]
+    if not common:
+        return None
+    gains = []
+    for metric in METRICS:
+        before = statistics.fmean(theirs[key].test[metric] for key in common)
+        if before:
+            gains.append(statistics.fmean(mine[key].test[metric] for key in common) / before - 1)
+    return statistics.fmean(gains) if gains else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TableCells:
+    """A table, as far as it was trained.
+
+    Attributes:
+      table: the table.
+      rows: its rows.
+    """
+
+    table: Table
+    rows: Sequence[RowCells]
+
+    @classmethod
+    def of(cls, table: Table, cells: Cells) -> "TableCells":
+        """Finds what was trained of a table."""
+        return cls(table, [RowCells(row, cells, table.name) for row in table.rows])
+
+    @property
+    def trained(self) -> list[RowCells]:
+        """The rows of which something was trained."""
+        return [row for row in self.rows if row.summaries]
