@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from models.architectures.registry import make_config
 from models.data import Interactions, leave_one_out
