@@ -86,8 +86,8 @@ def compare(
       Results by optimizer, one a seed.
 
     Raises:
-      DivergedError: when all is done, if a run has diverged. Its ``results`` are those that this function would return,
-        without the runs that diverged, and the files are written from them.
+      ComparisonDivergedError: when all is done, if a run has diverged. It has the results of the others, and the files
+        are written from them.
       CheckpointError: if a folder holds something else than a run of this comparison.
     """
     numbers = list(range(config.seed, config.seed + seeds))
