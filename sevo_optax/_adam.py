@@ -78,7 +78,8 @@ def scale_by_adam_corrected(
       An :class:`optax.GradientTransformationExtraArgs` with the state :class:`ScaleByAdamCorrectedState`.
 
     Raises:
-      TypeError: if ``tables`` is not a path, a tuple of paths or None, or ``node_axis`` no integer.
+      TypeError: if ``tables`` is not a path, a tuple of paths or None, ``node_axis`` no integer, or a table has floats
+        of eight bits.
       ValueError: if a path names no leaf or several, ``tables`` is None for a tree of several arrays, or ``node_axis``
         is no axis of a table. The message lists the leaves.
 

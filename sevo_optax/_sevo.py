@@ -75,7 +75,7 @@ def sevo(
       beta: strength of the smoothing, a number in [0, 1), possibly traced, or a schedule of the step count.
       num_layers: :math:`L \ge 0`, the number of terms behind the first one.
       method: ``"neumann"``, ``"iterative"`` or ``"exact"``, see :func:`smooth`.
-      rescale: whether the Neumann series is rescaled (Eq. 7) or not (Eq. 6).
+      rescale: whether the Neumann series is rescaled (Eq. 7, Theorem 2) or not (Eq. 6, the slower curve of Figure 4a).
       normalize: whether ``adjacency`` holds raw weights. False if it is :math:`\tilde A` already.
       node_axis: which axis of the table counts the nodes: 1 for a (dim, nodes) kernel of an output layer.
 
@@ -85,10 +85,10 @@ def sevo(
       take the axes from :func:`state_axes`.
 
     Raises:
-      TypeError: if an argument or the chosen leaf has the wrong type.
+      TypeError: if an argument or the chosen leaf has the wrong type; floats of eight bits are refused.
       ValueError: if the weights are not square, symmetric, non-negative and finite, a number is out of range, a path
         names no leaf or several, or the table and the graph differ in their number of nodes. The message lists the
-        leaves.
+        leaves. ``update`` also refuses the state of another graph.
 
     Note:
       One NaN in a gradient reaches every row within :math:`L` hops of its own. :func:`optax.apply_if_finite` around the

@@ -128,6 +128,11 @@ class Recommender(nnx.Module):
         """
         return {"items": (("item_embedding",),)}
 
+    @property
+    def node_axes(self) -> Mapping[str, int]:
+        """By path, the axis of the nodes in tables where they are no rows: 1 for a kernel (dim, nodes)."""
+        return {}
+
     def fit(self, train: Interactions, config: Any) -> None:
         """Computes the state of a model without gradients (``feed`` none) from the training part."""
         raise NotImplementedError

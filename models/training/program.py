@@ -59,8 +59,9 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
             (value, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
             with jax.named_scope("optimizer"):
                 updates, opt_state = tx.update(grads, opt_state, params)
-                params = optax.apply_updates(params, updates)
-            return (params, rest, opt_state), value
+                model = nnx.merge(graphdef, optax.apply_updates(params, updates), rest)
+                model.constrain()
+            return (nnx.state(model, nnx.Param), rest, opt_state), value
 
         carry, losses = jax.lax.scan(step, (params, rest, opt_state), jnp.arange(feed.num_batches))
         params, rest, opt_state = carry
@@ -69,7 +70,9 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
     return epoch
 
 
-def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Sequence[Group]) -> Callable[..., Any]:
+def make_diagnose(
+    graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Sequence[Group], axes: Mapping[str, int]
+) -> Callable[..., Any]:
     """Builds ``diagnose(state, opt_state, feed, sampler, context, adjacency, key)``: what the next step would be like.
 
     It takes the gradient of one batch through the stages of the optimizer, and changes nothing. For each group of
@@ -107,7 +110,9 @@ def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Se
                 smoothed = updates
 
         def nodes(tree: Any, group: Group) -> jax.Array:
-            return jnp.concatenate([leaf for table in group for leaf in jax.tree.leaves(_part(tree, table))])
+            """The values of a group's tables, one row a node."""
+            leaves = [(axes.get(table, 0), leaf) for table in group for leaf in jax.tree.leaves(_part(tree, table))]
+            return jnp.concatenate([jnp.moveaxis(leaf, axis, 0) for axis, leaf in leaves])
 
         def relative(x: jax.Array) -> jax.Array:
             return smoothness(x, adjacency) / jnp.maximum(jnp.sum(x * x), jnp.finfo(x.dtype).tiny)
@@ -149,7 +154,9 @@ class Program:
         if prepared.feed is None:
             for model in models:
                 model.fit(train, config)
-        self.graphdef, first = nnx.split(models[0])
+        # A constant that a model starts with is weakly typed, what an epoch returns is not: it would compile twice.
+        states = [jax.tree.map(lambda x: x.astype(x.dtype), nnx.state(model)) for model in models]
+        self.graphdef, first = nnx.graphdef(models[0]), states[0]
         schedule = None
         if prepared.feed is not None and (config.schedule != "constant" or config.warmup_epochs):
             schedule = make_schedule(config, prepared.feed.num_batches)
@@ -158,7 +165,8 @@ class Program:
         loss = make_loss(config)
         epoch = make_epoch(self.graphdef, tx, loss)
         groups = () if prepared.nodes is None else prepared.nodes.groups
-        diagnose = make_diagnose(self.graphdef, stages, loss, groups)
+        axes = {} if prepared.nodes is None else prepared.nodes.axes
+        diagnose = make_diagnose(self.graphdef, stages, loss, groups, axes)
 
         def init(state: nnx.State) -> Any:
             return tx.init(nnx.filter_state(state, nnx.Param))
@@ -172,7 +180,7 @@ class Program:
             self._fold = jax.random.fold_in
         else:
             self.axes = axes = state_axes(jax.eval_shape(init, first))
-            self.model_state = jax.tree.map(lambda *x: jnp.stack(x), *map(nnx.state, models))
+            self.model_state = jax.tree.map(lambda *x: jnp.stack(x), *states)
             self.opt_state = jax.vmap(init, out_axes=axes)(self.model_state)
             self.key = jnp.stack(keys)
             self._fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from models.__main__ import main
+from models.architectures import registry
+
 MODELS = Path(__file__).parents[2] / "models"
 # From the ground up: a part may import its own floor and those above it in this list.
 FLOORS = [
@@ -47,3 +50,21 @@ def test_no_import_runs_up(path):
 def test_the_library_never_imports_the_models():
     for path in (MODELS.parent / "sevo_optax").rglob("*.py"):
         assert not re.search(r"^\s*(from|import) models\b", path.read_text(encoding="utf-8"), re.MULTILINE), path
+
+
+def test_the_example_of_a_new_model_runs(tmp_path, monkeypatch, capsys):
+    page = (MODELS.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    model, registration = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "fading_mean.py").write_text(model)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "MODELS", dict(registry.MODELS))
+    exec(registration, {})
+    out = str(tmp_path / "run")
+    small = ["--embedding-dim", "8", "--batch-size", "40", "--eval-every", "1", "--output-dir", out]
+    train = ["train", "--model", "fading-mean", "--memory", "0.5", *small]
+    assert main([*train, "--epochs", "1"]) == 0
+    assert main([*train, "--epochs", "2", "--resume"]) == 0
+    assert main(["recommend", "--checkpoint", out, "--history", "3", "5", "--k", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()[-3:]) == 3
+    assert main(["train", "--model", "fading-mean", "--num-blocks", "1"]) == 2

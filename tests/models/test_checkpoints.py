@@ -329,7 +329,7 @@ def finish(process):
 
 def wait_for_epochs(process, directory, count):
     history = directory / "history.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if history.exists() and history.read_bytes().count(b"\n") >= count:
             return
@@ -361,7 +361,7 @@ def test_a_polite_stop_saves_and_exits(tmp_path, number):
     process = start_training(directory)
     wait_for_epochs(process, directory, 3)
     process.send_signal(number)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "go on with --resume" in error
     assert "Traceback" not in error

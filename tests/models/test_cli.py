@@ -171,6 +171,7 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["train", "--split-quantiles", "0.5"], "--split-quantiles must be 2 numbers, got '0.5'"),
         (["train", "--split_quantiles", "0.5", "y"], "--split-quantiles must be 2 numbers, got '0.5' 'y'"),
         (["train", "--split-times", "2020"], "--split-times must be 2 texts, got '2020'"),
+        (["reproduce", "--seeds", str(2**31)], "seeds must be at most 2147483647"),
         (["reproduce", "--models", "x"], "models must be among bert4rec"),
         (["evaluate"], "--checkpoint must be given; see python -m models evaluate --help"),
         (["train", "--user-column", "\udcff"], "--user-column must be text in UTF-8, got '\\udcff'"),

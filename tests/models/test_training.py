@@ -248,7 +248,7 @@ def test_early_stopping(prepared, tmp_path, capsys):
     assert len(result.losses) == 2 * len(scores) < 200
     assert result.best_epoch == len(result.losses) - 2 * 3
     assert max(scores[-3:]) <= scores[-4] == max(scores)
-    assert "in 3 evaluations: stopped early" in capsys.readouterr().err
+    assert "in 3 evaluations: stopped early" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
