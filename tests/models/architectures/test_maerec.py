@@ -420,10 +420,14 @@ def test_paths_without_chance(context, next_seeds, depth):
     assert set(np.flatnonzero(found)) == everyone
 
 
-def test_chance_takes_a_share_of_the_paths():
-    """A star with 8 ends and its centre: of 9 numbers, 4 are the next seeds, each as often as any other."""
+@pytest.mark.parametrize("depth", [2, 3])
+def test_chance_takes_a_share_of_the_paths(depth):
+    """A star with 8 ends and its centre: of 9 numbers, 4 are the next seeds, each as often as any other.
+
+    The third round adds none: the edges that lead to other ends are masked already.
+    """
     star = item_graph(Interactions.from_sequences([[1, item] for item in range(2, 10)]), 1)
-    spread = partial(maerec.spread_seeds, star.indices, depth=2, path_probability=0.5, next_seeds="ends")
+    spread = partial(maerec.spread_seeds, star.indices, depth=depth, path_probability=0.5, next_seeds="ends")
     centre = jnp.arange(10) == 1
     draws = np.asarray(jax.jit(jax.vmap(lambda key: spread(centre, key)))(jax.random.split(KEY, 2000)))
     assert draws[:, 1].all()
@@ -638,6 +642,7 @@ def test_every_loss_has_a_gradient(context, batch, unseen):
         assert np.isfinite(largest).all(), name
         if "decoder" not in name and "['key']['bias']" not in name:
             assert largest.min() > 1e-6, name
+            assert len(np.unique(leaf.reshape(len(losses), -1), axis=0)) == len(losses), name
 
 
 def test_half_precision(context, batch, unseen):
