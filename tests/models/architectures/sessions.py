@@ -1,17 +1,25 @@
 """What the tests of models of session graphs share: rows of sessions, parameters by name, derivatives."""
 
+import csv
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
+from models import presets
+from models.architectures.registry import config_from_dict, make_config
 from models.data import Interactions
 from models.feeds import Batch
+from tests.models.architectures.checks import COLUMNS, PUBLISHED
 
 # Items that repeat: after a while, at once, at the end, and a session that is one item.
 REPEATING = [[3, 1, 3, 2, 1, 3], [4, 4, 2], [5], [2, 6, 2, 6, 2], [1, 2, 3, 4], [7, 7]]
 DISTINCT = [[3, 1, 4, 2, 6], [5], [2, 7], [1, 6, 3, 5, 2, 4, 7]]
 NUM_ITEMS = 7
+
+PLACES = ("beauty", "toys", "tools", "ml-1m")
 
 
 def packed_rows(sessions, row_length=12, num_rows=5, targets=None):
@@ -112,3 +120,21 @@ def interactions(seed=0, users=12, num_items=15, longest=9):
     rng = np.random.default_rng(seed)
     sequences = [1 + rng.permutation(num_items)[: rng.integers(2, longest + 1)] for _ in range(users)]
     return Interactions.from_sequences(sequences, num_items)
+
+
+def check_presets(name, columns):
+    """The presets are the plain settings; ``columns`` maps those of the table to fields of this model alone."""
+    model = name.lower()
+    configs = {place: config_from_dict(presets.load_preset(f"{model}-{place}")) for place in PLACES}
+    assert configs["beauty"] == make_config(model)
+    if not PUBLISHED.exists():
+        pytest.skip(f"the published settings are not beside this clone: {PUBLISHED.name}")
+    with PUBLISHED.open() as file:
+        rows = [row for row in csv.DictReader(file) if (row["model"], row["role"]) == (name, "plain-table3-inferred")]
+    assert {row["dataset"] for row in rows} == set(PLACES)
+    for row in rows:
+        config = configs[row["dataset"]]
+        assert (config.optimizer, config.loss) == (row["optimizer"], "bpr")
+        for theirs, ours in (COLUMNS | columns).items():
+            if row[theirs]:
+                assert getattr(config, ours) == float(row[theirs]), (row["dataset"], ours)

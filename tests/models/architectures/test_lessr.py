@@ -20,6 +20,7 @@ from tests.models.architectures.sessions import (
     NUM_ITEMS,
     REPEATING,
     check_gradient,
+    check_presets,
     encode,
     every_prefix,
     gradient,
@@ -363,3 +364,7 @@ def test_a_batch_without_tokens_changes_no_statistics():
     assert np.isfinite(y).all()
     np.testing.assert_array_equal(norm.mean[...], [1, 2, 3])
     np.testing.assert_array_equal(norm.var[...], [1, 1, 1])
+
+
+def test_presets_are_the_plain_settings():
+    check_presets("LESSR", {"num_layers": "num_blocks", "dropout_hidden": "dropout_rate"})

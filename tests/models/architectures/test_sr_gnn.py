@@ -19,6 +19,7 @@ from tests.models.architectures.sessions import (
     NUM_ITEMS,
     REPEATING,
     check_gradient,
+    check_presets,
     encode,
     every_prefix,
     gradient,
@@ -261,3 +262,7 @@ def test_training_data_with_repeats_need_separate_prefixes():
     assert SRGNN.make_context(train, options(max_length=3)) == {}
     with pytest.raises(ValueError, match="separate_prefixes must be on for these data: user 2 has item 4 twice"):
         SRGNN.make_context(train, options(max_length=4))
+
+
+def test_presets_are_the_plain_settings():
+    check_presets("SR-GNN", {})
