@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from models.architectures.registry import make_config
 from models.data import load
-from models.training.prepare import prepare
 from models.training.program import Program
+from models.training.training_data import make_training_data
 
 try:
     import torch
@@ -96,7 +96,7 @@ class Torch:
 def measure(model, path, options):
     """Prints the table of one model on one data set."""
     config = make_config(model, data=path, **SETTINGS.get((model, path.stem if path else ""), {}))
-    prepared = prepare(load(path), config)
+    prepared = make_training_data(load(path), config)
     arms = {"AdamW": Ours(prepared, config, "adamw"), "SEvo-AdamW": Ours(prepared, config, "sevo-adamw")}
     if options.seeds > 1:
         arms[f"SEvo-AdamW, {options.seeds} seeds"] = Ours(prepared, config, "sevo-adamw", options.seeds)

@@ -23,7 +23,7 @@ from models.training import progress
 from models.training.files import make_folder
 
 if TYPE_CHECKING:
-    from models.training.prepare import Prepared
+    from models.training.training_data import TrainingData
 
 # JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
 
@@ -190,12 +190,12 @@ def _config(command: Any) -> TrainConfig:
     return config_from_dict({field.name: getattr(command, field.name) for field in dataclasses.fields(kind)})
 
 
-def _prepare(config: TrainConfig, output_dir: Path) -> "Prepared":
+def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":
     """Checks everything that can be checked before training, and says what is trained on."""
-    from models.training.prepare import prepare
+    from models.training.training_data import make_training_data
 
     make_folder("output_dir", output_dir)
-    prepared = prepare(load_and_describe(config), config)
+    prepared = make_training_data(load_and_describe(config), config)
     if prepared.nodes is not None:
         adjacency = prepared.nodes.adjacency
         print(f"graph: {adjacency.nse:,} entries between {adjacency.shape[0]:,} nodes", flush=True)

@@ -21,8 +21,8 @@ from models.reproduce.tables import PLAIN, Dataset, Family, Table
 from models.training.files import read_history
 
 if TYPE_CHECKING:
-    from models.training.prepare import Prepared
     from models.training.run import Result
+    from models.training.training_data import TrainingData
 
 BYTES_A_WORKER = 2 * 2**30
 
@@ -202,11 +202,11 @@ class _Data:
 
     def __init__(self) -> None:
         self._key: TrainConfig | None = None
-        self._prepared: Prepared | None = None
+        self._prepared: TrainingData | None = None
 
-    def prepared(self, config: TrainConfig) -> "Prepared":
+    def prepared(self, config: TrainConfig) -> "TrainingData":
         from models.data import load_interactions
-        from models.training.prepare import prepare
+        from models.training.training_data import make_training_data
 
         # Whatever else differs may make a difference.
         key = config if config.optimizer == "closed-form" else _without_strengths(config)
@@ -214,7 +214,7 @@ class _Data:
             self._key = self._prepared = None  # two data sets at once may be too many
             interactions = load_interactions(config)
             print(f"{config.data}: {interactions}", flush=True)
-            self._key, self._prepared = key, prepare(interactions, config)
+            self._key, self._prepared = key, make_training_data(interactions, config)
         return self._prepared
 
 

@@ -13,8 +13,8 @@ from models.config import OPTIMIZERS, SELECTION, Optimizer, TrainConfig
 from models.files import write_json
 from models.training.files import curve, read_history
 from models.training.loop import DivergedError, train_seeds
-from models.training.prepare import Prepared
 from models.training.run import Result
+from models.training.training_data import TrainingData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def seeds_at_once(count: int) -> int:
 
 
 def compare(
-    prepared: Prepared,
+    prepared: TrainingData,
     config: TrainConfig,
     output_dir: Path,
     *,

@@ -22,7 +22,7 @@ from models.feeds import NegativeSampler
 from models.objectives.losses import Loss, make_loss
 from models.objectives.objective import training_loss
 from models.training.optimizers import Stages, make_schedule, make_stages
-from models.training.prepare import Prepared
+from models.training.training_data import TrainingData
 from sevo_optax import smoothness, state_axes
 
 
@@ -147,7 +147,7 @@ class Program:
     gradients has an epoch that does nothing: it is fitted when the program is made.
     """
 
-    def __init__(self, prepared: Prepared, config: TrainConfig, optimizer: Optimizer, seeds: Sequence[int]) -> None:
+    def __init__(self, prepared: TrainingData, config: TrainConfig, optimizer: Optimizer, seeds: Sequence[int]) -> None:
         self.prepared, self.config, self.seeds = prepared, config, seeds
         train = prepared.split.train
         models = [make_model(config, num_users=train.num_users, num_items=train.num_items, seed=seed) for seed in seeds]

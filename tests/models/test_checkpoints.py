@@ -20,7 +20,7 @@ from models.data import drifting_interests
 from models.training import checkpoints, loop
 from models.training.checkpoints import CheckpointError, Checkpoints, flatten, load_run
 from models.training.files import read_history
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 from tests.models.saved_runs import ToyProgram, save_run
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def interactions():
 
 @pytest.fixture(scope="module")
 def prepared(interactions):
-    return prepare(interactions, CONFIG)
+    return make_training_data(interactions, CONFIG)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_run_is_neither_replaced_nor_mixed_up(prepared, tmp_path, toy):
         again(optimizer="sevo-adamw", resume=True)
     with pytest.raises(CheckpointError, match=r"learning_rate=0\.01, not 0\.5; resume with the same options"):
         again(dataclasses.replace(CONFIG, learning_rate=0.5), resume=True)
-    other = prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=4), CONFIG)
+    other = make_training_data(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=4), CONFIG)
     with pytest.raises(CheckpointError, match="was trained on other data"):
         again(data=other, resume=True)
     with pytest.raises(CheckpointError, match="schedule=constant, not cosine"):

@@ -14,7 +14,7 @@ from models.serving import trained as serving
 from models.serving.trained import TrainedModel, evaluate, in_catalogue
 from models.training import loop
 from models.training.checkpoints import CheckpointError, load_run
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 from tests.models.saved_runs import CONFIG, save_run, small_data
 
 IDS = np.array([f"item {i}" if i else "" for i in range(41)])
@@ -318,7 +318,7 @@ def trained(tmp_path_factory):
         epochs=1,
         min_item_interactions=2,
     )
-    result = loop.train(prepare(load_interactions(config), config), config, "adamw", folder / "run")
+    result = loop.train(make_training_data(load_interactions(config), config), config, "adamw", folder / "run")
     return folder / "run", result
 
 

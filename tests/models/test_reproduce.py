@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import models.training.prepare
+import models.training.training_data
 from models import plots
 from models.__main__ import main
 from models.data import load_interactions
@@ -22,7 +22,7 @@ from models.reproduce.report import write_report
 from models.reproduce.tables import METRICS, load_table, table_names
 from models.training import compare, loop
 from models.training.files import read_history, write_text
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
 PRESET = """
@@ -97,7 +97,7 @@ def trained(monkeypatch):
         return results
 
     monkeypatch.setattr(loop, "train_seeds", train_seeds)
-    monkeypatch.setattr(models.training.prepare, "prepare", lambda interactions, config: None)
+    monkeypatch.setattr(models.training.training_data, "prepare", lambda interactions, config: None)
     return calls
 
 
@@ -439,7 +439,7 @@ def test_real_training(folder, one_row):
     reproduce(seeds=1, arms=("sevo-adamw",))
     family = load_table("tiny.yaml").rows[0].families[1]
     config = family.config(data="tiny.txt")
-    direct = loop.train(prepare(load_interactions(config), config), config, "sevo-adamw", folder / "direct")
+    direct = loop.train(make_training_data(load_interactions(config), config), config, "sevo-adamw", folder / "direct")
     cell = Cell.read(cell_path(Path("results"), "tiny", family, 0))
     assert (cell.variant, cell.arm, cell.settings) == ("bce", "sevo-adamw", {})
     assert cell.test == pytest.approx(direct.test, abs=1e-6)

@@ -21,7 +21,7 @@ from models.training import checkpoints, loop, run
 from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo, fingerprint, load_run
 from models.training.interrupts import stop_gently
 from models.training.overlap import overlap_note
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 from tests.models.saved_runs import ToyProgram, save_run, small_data
 from tests.models.test_files import small_files
 
@@ -31,7 +31,7 @@ CONFIG = TrainConfig(max_length=8, epochs=6, batch_size=20, eval_every=2, learni
 
 @pytest.fixture(scope="module")
 def prepared():
-    return prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
+    return make_training_data(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ class TestResuming:
 
     def test_the_ids_of_another_run_are_refused(self, prepared, trained, tmp_path):
         ids = prepared.interactions.item_ids
-        other = prepare(dataclasses.replace(prepared.interactions, item_ids=ids[::-1]), CONFIG)
+        other = make_training_data(dataclasses.replace(prepared.interactions, item_ids=ids[::-1]), CONFIG)
         train(other, tmp_path / "other")
         shutil.copy(tmp_path / "other" / "items.npz", trained / "items.npz")
         for attempt in (lambda: load_run(trained), lambda: train(prepared, trained, resume=True, epochs=8)):
@@ -191,19 +191,19 @@ class TestFingerprint:
         times = np.concatenate([np.sort(rng.integers(0, 1000, n)) for n in data.lengths])
         data = dataclasses.replace(data, times=times)
         config = dataclasses.replace(CONFIG, split="global-time", split_times=("400", "700"))
-        loop.train(prepare(data, config), config, "adamw", tmp_path)
+        loop.train(make_training_data(data, config), config, "adamw", tmp_path)
         more = dataclasses.replace(config, epochs=8)
         moved = dataclasses.replace(data, times=times + (times > 800))
         with pytest.raises(CheckpointError, match="was trained on other data"):
-            loop.train(prepare(moved, config), more, "adamw", tmp_path, resume=True)
-        assert len(loop.train(prepare(data, config), more, "adamw", tmp_path, resume=True).losses) == 8
+            loop.train(make_training_data(moved, config), more, "adamw", tmp_path, resume=True)
+        assert len(loop.train(make_training_data(data, config), more, "adamw", tmp_path, resume=True).losses) == 8
 
     def test_runs_of_the_first_format_go_on(self, tmp_path, toy):
         """Their fingerprint left times out, and they had neither identity nor a digest of the items' ids."""
         data = drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3)
         data = dataclasses.replace(data, times=np.concatenate([np.arange(n) for n in data.lengths]))
         config = dataclasses.replace(CONFIG, split="global-time", split_times=("4", "8"))
-        prepared = prepare(data, config)
+        prepared = make_training_data(data, config)
         whole = loop.train(prepared, dataclasses.replace(config, epochs=8), "adamw", tmp_path / "whole")
         loop.train(prepared, config, "adamw", tmp_path / "old")
         as_of_old(tmp_path / "old", data=fingerprint(data))

@@ -15,8 +15,8 @@ from models.data import drifting_interests
 from models.training import compare, loop
 from models.training.checkpoints import Checkpoints
 from models.training.files import read_history
-from models.training.prepare import prepare
 from models.training.run import Result
+from models.training.training_data import make_training_data
 from tests.models.saved_runs import ToyProgram
 
 CONFIG = make_config(
@@ -26,7 +26,7 @@ CONFIG = make_config(
 
 @pytest.fixture(scope="module")
 def prepared():
-    return prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
+    return make_training_data(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from models.serving.export import PLATFORMS, export_scores
 from models.serving.trained import TrainedModel
 from models.training import loop
 from models.training.checkpoints import Checkpoints, load_run
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 
 # In these tests the negative of a query depends on its user alone, so that it is the same however users are batched.
 NEGATIVE_STRIDE = 7
@@ -219,7 +219,7 @@ def check_presets(name, columns):
 def check_a_run(config, directory, monkeypatch):
     """Trains, goes on after an interruption, recommends and exports; returns the run's losses."""
     data = drifting_interests(num_users=40, num_items=NUM_ITEMS, num_groups=4, mean_length=6, seed=3)
-    prepared = prepare(data, config)
+    prepared = make_training_data(data, config)
     whole = loop.train(prepared, config, config.optimizer, directory / "whole")
     assert np.isfinite(whole.losses).all()
     with monkeypatch.context() as patch:

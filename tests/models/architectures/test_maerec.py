@@ -27,7 +27,7 @@ from models.serving.export import export_scores
 from models.serving.trained import TrainedModel
 from models.training import loop
 from models.training.checkpoints import load_run
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 from tests.models.saved_runs import small_data
 from tests.models.test_checkpoints import assert_same, leaves, stop_after
 
@@ -817,7 +817,7 @@ def test_a_resumed_run_ends_bit_by_bit_and_serves(tmp_path, monkeypatch):
         batch_size=20,
     )
     data = small_data()
-    prepared = prepare(data, config)
+    prepared = make_training_data(data, config)
     assert prepared.feed.num_batches == 3
     whole = loop.train(prepared, config, "adam", tmp_path / "whole")
     with monkeypatch.context() as patch:

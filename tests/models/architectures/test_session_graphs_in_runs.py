@@ -13,7 +13,7 @@ from models.serving.export import export_scores
 from models.serving.trained import TrainedModel, evaluate
 from models.training import loop
 from models.training.checkpoints import Checkpoints, load_run
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 
 SMALL = {"embedding_dim": 4, "batch_size": 40, "epochs": 4, "eval_every": 2, "learning_rate": 1e-2, "max_length": 8}
 CASES = {
@@ -47,7 +47,7 @@ def trained(request, tmp_path_factory):
     model, options = CASES[request.param]
     config = make_config(model, **options)
     interactions = data(repeats=config.separate_prefixes)
-    prepared, directory = prepare(interactions, config), tmp_path_factory.mktemp("run") / "whole"
+    prepared, directory = make_training_data(interactions, config), tmp_path_factory.mktemp("run") / "whole"
     result = loop.train(prepared, config, config.optimizer, directory)
     return Trained(config, interactions, prepared, directory, result)
 
@@ -114,7 +114,7 @@ def test_recommendations_and_the_export_are_the_model_alone(trained):
 def test_seeds_side_by_side_train_as_one_by_one():
     """Running statistics have an axis of seeds too."""
     config = make_config("lessr", **CASES["lessr"][1] | {"epochs": 2})
-    prepared = prepare(data(repeats=False), config)
+    prepared = make_training_data(data(repeats=False), config)
     one, other = loop.train_seeds(prepared, config, config.optimizer, [0, 1], [None, None])
     alone = loop.train(prepared, dataclasses.replace(config, seed=1), config.optimizer)
     np.testing.assert_allclose(other.losses, alone.losses, rtol=1e-4)

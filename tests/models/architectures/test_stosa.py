@@ -12,7 +12,7 @@ from models.architectures.stosa import STOSA, STOSAConfig, WassersteinAttention,
 from models.data import drifting_interests
 from models.feeds import pack
 from models.training.optimizers import make_stages
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 from tests.models.architectures import checks
 
 NUM_ITEMS = checks.NUM_ITEMS
@@ -331,7 +331,7 @@ def test_a_run(tmp_path, monkeypatch):
 
 def test_both_tables_are_smoothed_each_by_itself(interactions):
     config = dataclasses.replace(CONFIG, batch_size=100)
-    nodes = prepare(interactions, config).nodes
+    nodes = make_training_data(interactions, config).nodes
     assert nodes.groups == (("item_mean",), ("item_covariance",))
     assert list(make_stages("sevo-adamw", config, nodes))[1:3] == ["sevo item_mean", "sevo item_covariance"]
 
