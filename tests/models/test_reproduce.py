@@ -388,7 +388,9 @@ class TestFormats:
         written = json.loads(path.read_text())
         assert written.pop("format") == 2
         before = Cell.read(path)
-        path.write_text(json.dumps({name: x for name, x in written.items() if name not in ("revision", "inference_seconds")}))
+        path.write_text(
+            json.dumps({name: x for name, x in written.items() if name not in ("revision", "inference_seconds")})
+        )
         assert Cell.read(path) == dataclasses.replace(before, format=1)
 
     @pytest.mark.parametrize(
@@ -650,7 +652,9 @@ def test_the_published_figures():
         published = f"{model}+SEvo" + (f"({graph})" if graph else "")
         seen |= {(row.dataset, published)}
         assert sevo.metrics == values[row.dataset, published]
-        theirs = [x for x in runs if (x["model"], x["dataset"], x["graph"]) == (model, row.dataset, graph or "item-item")]
+        theirs = [
+            x for x in runs if (x["model"], x["dataset"], x["graph"]) == (model, row.dataset, graph or "item-item")
+        ]
         assert sevo.deviation == pytest.approx(np.std([float(run["NDCG@10"]) for run in theirs], ddof=1))
         assert row.config.epochs == int(theirs[0]["epochs"])
         for epoch, losses in sevo.losses.items():
