@@ -190,6 +190,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
     """Gradients with a larger global norm are scaled down to it, before everything else (left out: never)."""
     diagnostics: bool = False
     """Whether each epoch records the smoothness of updates and tables, and the alignment of the two updates."""
+    keep_epochs: tuple[int, ...] = ()
+    """Epochs after which the table that items are scored by is kept, in embeddings/EPOCH.npz; 0: before the first."""
     tensorboard: bool = False
     """Whether to write scalars for TensorBoard."""
     seed: int = 0
@@ -256,6 +258,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
                 raise ValueError(f"{name} must be larger than 0, got {value}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1, got {self.patience}")
+        if min(self.keep_epochs, default=0) < 0:
+            raise ValueError(f"keep_epochs must be numbers of at least 0, got {self.keep_epochs}")
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"ks must be one or more numbers of at least 1, got {self.ks}")
         if self.warmup_epochs >= self.epochs:
@@ -350,7 +354,7 @@ def _without_training(cls: type) -> type:
     unused = [field for base in (OptimizerConfig, GraphConfig, LossConfig) for field in dataclasses.fields(base)]
     ours = {field.name: field for field in dataclasses.fields(TrainConfig)}
     names = ("embedding_dim", "batch_size", "eval_every", "patience", "schedule", "warmup_epochs", "clip_norm")
-    unused += [ours[name] for name in (*names, "diagnostics")]
+    unused += [ours[name] for name in (*names, "diagnostics", "keep_epochs")]
     annotations = dict(cls.__annotations__)
     for field in unused:
         if field.name not in annotations:

@@ -12,7 +12,7 @@ import scipy.sparse
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from models.files import write_bytes
 
@@ -27,6 +27,8 @@ COLORS = {
     "sevo-gradient-uncorrected": "#cc79a7",
     "sevo-sgd": "#009e73",
 }
+# For what is told apart by something else.
+PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#9467bd"]
 # For runs of the same optimizer.
 STYLES = ["-", "--", ":", "-."]
 
@@ -136,6 +138,184 @@ def training_curves(
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     left.set_ylim(bottom=0)
+    fig.suptitle(title)
+    _save(fig, path)
+
+
+class Line(NamedTuple):
+    """A line of a panel.
+
+    Attributes:
+      label: what the legend calls it.
+      color: None: the next of the palette.
+      x: places.
+      y: values.
+      spread: one standard deviation to each side; None: there is none.
+    """
+
+    label: str
+    color: str | None
+    x: Sequence[float]
+    y: Sequence[float]
+    spread: Sequence[float] | None = None
+
+
+class Panel(NamedTuple):
+    """One of several drawings side by side.
+
+    Attributes:
+      title: above it.
+      xlabel: of the horizontal axis.
+      ylabel: of the vertical axis.
+      lines: ours.
+      published: drawn behind ours, hollow and dotted, in the colour of our line of the same label.
+      levels: label and value of horizontal lines.
+      categories: whether the places are told apart, not measured: all stand equally far apart.
+      log: whether the vertical axis is logarithmic.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: Sequence[Line]
+    published: Sequence[Line] = ()
+    levels: Sequence[tuple[str, float]] = ()
+    categories: bool = False
+    log: bool = False
+
+
+def panels(drawn: Sequence[Panel], path: Path, *, title: str = "", columns: int = 2) -> None:
+    """Draws lines over what was varied or over epochs, ours over the published ones."""
+    columns = min(columns, len(drawn))
+    rows = -(-len(drawn) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4.2 * rows), layout="constrained", squeeze=False)
+    for ax, panel in zip(axes.flat, drawn, strict=False):
+        places = sorted({x for line in (*panel.lines, *panel.published) for x in line.x})
+
+        def at(values: Sequence[float], panel: Panel = panel, places: list[float] = places) -> list[float]:
+            return [places.index(x) for x in values] if panel.categories else list(values)
+
+        colors: dict[str, str] = {}
+        for i, line in enumerate(panel.lines):
+            colors[line.label] = line.color or PALETTE[i % len(PALETTE)]
+        for line in panel.published:
+            color = colors.setdefault(line.label, line.color or PALETTE[len(colors) % len(PALETTE)])
+            marks = {"marker": "o", "markerfacecolor": "white", "markersize": 7, "linestyle": ":", "linewidth": 1.2}
+            ax.plot(at(line.x), line.y, color=color, label=f"{line.label}, published", **marks)
+        for line in panel.lines:
+            color, x, y = colors[line.label], at(line.x), np.asarray(line.y)
+            marker = "o" if panel.categories else None
+            ax.plot(x, y, color=color, label=line.label, linewidth=1.8, marker=marker, markersize=4)
+            if line.spread is not None:
+                spread = np.asarray(line.spread)
+                ax.fill_between(x, y - spread, y + spread, color=color, alpha=0.2, linewidth=0)
+        for label, value in panel.levels:
+            ax.axhline(value, color=COLORS.get(label, "black"), linestyle="--", linewidth=1.2, label=label)
+        if panel.categories:
+            ax.set_xticks(range(len(places)), [f"{x:g}" for x in places])
+        if panel.log:
+            ax.set_yscale("log")
+        ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(frameon=False, fontsize="small")
+    for ax in axes.flat[len(drawn) :]:
+        ax.set_axis_off()
+    fig.suptitle(title)
+    _save(fig, path)
+
+
+class Bar(NamedTuple):
+    """A bar.
+
+    Attributes:
+      label: beneath it.
+      color: of it.
+      value: its height; None: ours is not known.
+      spread: one standard deviation; None: there is none.
+      published: a diamond there; None: not known.
+    """
+
+    label: str
+    color: str | None
+    value: float | None
+    spread: float | None = None
+    published: float | None = None
+
+
+def bars(
+    drawn: Mapping[str, Sequence[Bar]],
+    path: Path,
+    *,
+    ylabel: str,
+    title: str = "",
+    log: bool = False,
+    percent: bool = False,
+) -> None:
+    """Draws bars, ours, and diamonds, the published values; a panel each entry."""
+    width = max(4.0, 0.55 * max(map(len, drawn.values())))
+    fig, axes = plt.subplots(1, len(drawn), figsize=(width * len(drawn) + 1, 4.8), layout="constrained", squeeze=False)
+    for ax, (heading, found) in zip(axes.flat, drawn.items(), strict=True):
+        for i, bar in enumerate(found):
+            if bar.value is not None:
+                ax.bar(i, bar.value, color=bar.color or PALETTE[0], yerr=bar.spread, capsize=3, width=0.7)
+            if bar.published is not None:
+                ax.plot(i, bar.published, "D", color="black", markerfacecolor="white", zorder=5)
+        ax.plot([], [], "D", color="black", markerfacecolor="white", label="published")
+        ax.set_xticks(range(len(found)), [bar.label for bar in found], rotation=60, ha="right", fontsize="small")
+        if log:
+            ax.set_yscale("log")
+        if percent:
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.set(ylabel=ylabel, title=heading)
+        ax.grid(alpha=0.3, axis="y")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False)
+    fig.suptitle(title)
+    _save(fig, path)
+
+
+def maps(
+    drawn: Mapping[str, Mapping[str, np.ndarray]],
+    colors: np.ndarray,
+    groups: Sequence[str],
+    path: Path,
+    *,
+    title: str = "",
+) -> None:
+    """Draws points in two dimensions, coloured by group.
+
+    Args:
+      drawn: shape (points, 2) by the label of the row and by the label of the column.
+      colors: shape (points,), the place of each point's group in ``groups``; -1: it has none, and is grey.
+      groups: names of the groups.
+      path: the PNG to write.
+      title: what is drawn.
+    """
+    columns = list(dict.fromkeys(column for row in drawn.values() for column in row))
+    fig, axes = plt.subplots(
+        len(drawn),
+        len(columns),
+        figsize=(2.6 * len(columns) + 1, 2.6 * len(drawn) + 1),
+        layout="constrained",
+        squeeze=False,
+    )
+    shades = np.array([plt.cm.tab10(i) for i in range(len(groups))] + [(0.8, 0.8, 0.8, 1.0)])
+    for i, (row, found) in enumerate(drawn.items()):
+        for j, column in enumerate(columns):
+            ax = axes[i, j]
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if i == 0:
+                ax.set_title(column)
+            if j == 0:
+                ax.set_ylabel(row)
+            if column in found:
+                places = found[column].astype(float)
+                ax.scatter(places[:, 0], places[:, 1], c=shades[colors], s=2, linewidths=0, rasterized=True)
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=shades[i]) for i in range(len(groups))]
+    fig.legend(handles, groups, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     fig.suptitle(title)
     _save(fig, path)
 

@@ -8,6 +8,8 @@ from models.checks import check_numbers
 from models.config import Optimizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from models.reproduce.tables import Table
 
 # JAX, scipy and matplotlib are imported by run(), so that --help answers at once.
@@ -15,10 +17,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Train what is missing of a published table, and write the report. May be killed and started again at any time."""
+    """Train what is missing of a published table or figure, and write the report. May be killed and started again at any time."""
 
-    table: str = "3"
-    """3: the paper's Table 3. cross-entropy: SEvo with the softmax loss. Or a YAML file like these."""
+    table: str | None = None
+    """3, 4, 5: the paper's tables. cross-entropy, one-line: our own questions. Or a YAML file like these. (Left out: 3,
+    unless a figure is asked for.)"""
+    figure: str | None = None
+    """3, 4a, 4b, 5a, 5b, 6, 7, 8: the paper's figures."""
+    list: bool = False
+    """Name the tables and figures, say how many of their cells are there, and do nothing else."""
+    dry_run: bool = False
+    """Say which cells are missing, and roughly how long they take on this machine, and do nothing else."""
     data_dir: Path | None = None
     """Folder of beauty.txt, toys.txt, tools.txt and ml-1m.txt (left out: public builds of them, fetched once)."""
     datasets: tuple[str, ...] = ()
@@ -48,15 +57,30 @@ class Reproduce:
         check_numbers(self)
         from models.reproduce.tables import load_table, table_names
 
-        table = load_table(self.table)
-        if not self.report:
-            self._train(table)
-        from models.reproduce.report import write_report
-
+        if self.table is not None and self.figure is not None:
+            raise ValueError(
+                f"table and figure exclude each other, got {self.table} and {self.figure}; give one of them"
+            )
+        table = load_table(self.table or "3" if self.figure is None else f"figure-{self.figure}")
         names = table_names()
         tables = [load_table(name) for name in names] + ([table] if table.name not in names else [])
+        if self.list:
+            self._list(tables)
+            return
+        if not self.report:
+            self._train(table)
+        if self.dry_run:
+            return
+        from models.reproduce.report import write_report
+
         for path in write_report(self.results_dir, tables):
             print(path)
+
+    def _list(self, tables: "Sequence[Table]") -> None:
+        from models.reproduce.cells import Cells
+        from models.reproduce.status import listing
+
+        print(listing(tables, Cells(self.results_dir), self.seeds))
 
     def _train(self, table: "Table") -> None:
         from models.reproduce import runner
@@ -76,7 +100,12 @@ class Reproduce:
         )
         print(f"{table.title}: {done} cells are done, {len(jobs)} to train", flush=True)
         workers = min(runner.usual_workers() if self.workers is None else self.workers, len(jobs))
-        if workers > 1:
+        if self.dry_run:
+            from models.reproduce.cells import Cells
+            from models.reproduce.status import dry_run
+
+            print(dry_run(jobs, Cells(self.results_dir), runner.device_name(), max(workers, 1)))
+        elif workers > 1:
             runner.train_side_by_side(jobs, workers)
         elif jobs:
             runner.train(jobs)

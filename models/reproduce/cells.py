@@ -315,9 +315,17 @@ class Cells:
         return [found[seed] for seed in sorted(found)]
 
     def shared(self, family: Family, config: TrainConfig) -> Path | None:
-        """Where another table has the cell of a configuration; None: nowhere."""
+        """Where some table has the cell of a configuration; None: nowhere."""
         for path, cell in self._by_identity.get(identity_of(config, family.arm), ()):
             if cell.seed == config.seed and cell.serves(family, config):
+                return path
+        return None
+
+    def begun(self, family: Family, config: TrainConfig) -> Path | None:
+        """Where some table has a cell of a configuration that only lacks epochs, to be trained on; None: nowhere."""
+        for path, cell in self._by_identity.get(identity_of(config, family.arm), ()):
+            mine = (cell.seed, cell.arm, cell.outdated) == (config.seed, family.arm, None)
+            if mine and cell.dataset == family.row.dataset and cell.lacks(config) == "":
                 return path
         return None
 

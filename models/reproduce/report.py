@@ -1,19 +1,25 @@
 """The report: tables and pictures, made from the cells alone."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from tabulate import tabulate
 
-from models import plots
 from models.config import SELECTION, Optimizer
 from models.files import write_text
-from models.reproduce.cells import Cells
-from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains
-from models.reproduce.tables import METRICS, PLAIN, Published, Table
+from models.reproduce.cells import Cell, Cells
+from models.reproduce.claims import claim_lines
+from models.reproduce.pictures import draw_curves, draw_table, smoothness_lines
+from models.reproduce.status import duration, seconds_of
+from models.reproduce.summaries import RowCells, TableCells, average_gains
+from models.reproduce.tables import METRICS, PLAIN, Measured, Published, Table
 
 NONE = "–"
+# The kinds of pictures below which every row has its own figures.
+DETAILED = ("curves", "loss", "lines", "bars")
 MILESTONES = (10, 20, 40, 60, 100, 150, 200, 300, 400, 500, 700, 1000)
 
 READING = """## How to read the tables
@@ -31,7 +37,7 @@ what, and roughly how long it takes). What is written by hand stands in the note
 * protocol: {protocol};
 * ± is the standard deviation over the seeds; gains and p (two-sided paired t-test) compare NDCG@10, over the seeds that
   both were trained with. Gain over adam: over Adam with settings of its own, as the paper's are. Gain over adamw: over
-  AdamW with the very settings that SEvo has: what the smoothing alone does. Published gains are over the paper's plain row;
+  AdamW with the very settings that SEvo has: what smoothing alone does. Published gains are over the paper's plain row;
 * difference: our mean less the published one. Its standard error (s.e.) combines that of our mean and, where its runs
   are known, that of the published mean; for a single run of ours the published runs' deviation stands in;
 * † fewer epochs than the published settings have: no final result;
@@ -54,13 +60,14 @@ def write_report(results_dir: Path, tables: Sequence[Table]) -> list[Path]:
     """
     store = Cells(results_dir)
     found = [TableCells.of(table, store) for table in tables]
-    cells = [cell for table in found for row in table.rows for cell in row.cells]
+    cells = store.all()
     if not cells:
         raise ValueError(f"results_dir: {results_dir} holds no cells; train some first, without --report")
     protocols = _distinct([cell.protocol for cell in cells])
     versions = _distinct([", ".join(f"{name} {x}" for name, x in cell.versions.items()) for cell in cells])
     parts = [
         "# Results",
+        *_claims_parts(found),
         READING.format(
             protocol="; or ".join(protocols),
             versions="; or ".join(versions),
@@ -69,35 +76,70 @@ def write_report(results_dir: Path, tables: Sequence[Table]) -> list[Path]:
     ]
     files = []
     for table in found:
-        section, pictures = _section(table, results_dir)
+        section, pictures = _section(table, results_dir, cells)
         parts.append(section)
         files += pictures
     write_text(results_dir / "README.md", "\n\n".join(parts) + "\n")
     return [results_dir / "README.md", *files]
 
 
-def _section(found: TableCells, results_dir: Path) -> tuple[str, list[Path]]:
-    """The text about a table, and its pictures, which are drawn."""
+def _claims_parts(found: Sequence[TableCells]) -> list[str]:
+    """What of the paper's claims holds, as far as it was run."""
+    lines = claim_lines({table.table.name: table for table in found})
+    if not lines:
+        return []
+    header = ["the paper's claim", "verdict", "evidence", "not run"]
+    return [
+        "What the cells here say about the paper's claims. A verdict counts complete runs alone, and is computed from "
+        "them; how many seeds stand behind a figure, its table below says. What was not run, or not to its end, is "
+        "counted without seeds.",
+        markdown(header, lines, left=4),
+    ]
+
+
+def _section(found: TableCells, results_dir: Path, cells: Sequence[Cell]) -> tuple[str, list[Path]]:
+    """The text about a table, and its pictures, which are drawn.
+
+    Args:
+      found: the table.
+      results_dir: the folder of the cells.
+      cells: all that there are.
+    """
     table = found.table
     parts = [f"## {table.title}", table.description]
     notes = results_dir / table.name / "notes.md"
     if notes.is_file():
         parts.append(notes.read_text(encoding="utf-8").strip())
     trained = found.trained
-    if trained:
-        parts += _overview_parts(trained)
+    match table.picture.kind:
+        case "times":
+            parts += _times_parts(found)
+        case "smoothness":
+            parts += _smoothness_parts(found)
+        case "maps":
+            pass
+        case _ if trained:
+            parts += _overview_parts(trained)
     parts += _gains_parts(found)
-    missing = not_run(found)
+    missing = not_run(found, cells)
     if missing:
-        parts.append("Not run:\n\n" + "\n".join(f"* {line}" for line in missing))
-    files = []
+        command = f"python -m models reproduce --{table.name.replace('-', ' ', 1)}"
+        if not table.name.startswith(("table-", "figure-")):
+            command = f"python -m models reproduce --table {table.name}"
+        parts.append(
+            f"Not run (`{command} --data-dir DIR` trains it):\n\n" + "\n".join(f"* {line}" for line in missing)
+        )
+    curves = table.picture.kind == "curves"
+    files = [] if curves else draw_table(found, results_dir)
+    parts += [f"![{table.title}]({file.name})" for file in files]
     for row in trained:
         picture = None
-        if not row.row.closed_form:
+        if curves and not row.row.closed_form:
             picture = results_dir / f"{table.name}-{row.row.name}.png"
             draw_curves(row, picture)
             files.append(picture)
-        parts.append(row_text(row, picture))
+        if table.picture.kind in DETAILED:
+            parts.append(row_text(row, picture))
     return "\n\n".join(parts), files
 
 
@@ -179,20 +221,71 @@ def _gains_parts(found: TableCells) -> list[str]:
         lines.append([*line, f"{published[key]:+.1%}" if key in published else NONE])
     header = ["average gain", "optimizer", "over adam", "on", "over adamw", "on", "published, over its plain rows"]
     return [
-        "Average gains over the data sets and over HR@1, HR@5, HR@10, NDCG@5 and NDCG@10, all alike; the published ones are "
-        "over all four data sets.",
+        f"Average gains over the data sets and over {', '.join(METRICS)}, all alike; the published ones are over all "
+        "four data sets.",
         markdown(header, lines, left=2),
     ]
 
 
-def not_run(found: TableCells) -> list[str]:
-    """What is missing of a table, a line a row."""
+def not_run(found: TableCells, cells: Sequence[Cell]) -> list[str]:
+    """What is missing of a table, a line a row, and roughly how long a seed of it takes.
+
+    Args:
+      found: the table.
+      cells: all that there are, to tell how long it takes from.
+    """
     lines = []
+    devices = Counter(cell.device for cell in cells)
+    device = devices.most_common(1)[0][0] if devices else ""
     for row in found.rows:
         if row.missing:
             which = f": {', '.join(family.label for family in row.missing)}" if row.summaries else ""
-            lines.append(f"{row.row.title}{which}")
+            seconds = [seconds_of(family, family.config().epochs, cells, device) for family in row.missing]
+            known = [x for x in seconds if x is not None]
+            some = "" if len(known) == len(seconds) else f" for {len(known)} of {len(seconds)} runs"
+            took = f" (about {duration(sum(known))} a seed{some}, on {device})" if known else ""
+            lines.append(f"{row.row.title}{which}{took}")
     return lines
+
+
+def _times_parts(found: TableCells) -> list[str]:
+    """Seconds of training and inference, beside the published ones."""
+    lines = []
+    for row in found.rows:
+        title = row.row.subject
+        for arm in row.row.arms:
+            theirs = found.table.times.get(row.row.subject, {}).get(arm, {})
+            summary = next((x for x in row.summaries if x.family.arm == arm), None)
+            ours = [NONE] * 4
+            if summary is not None:
+                ours = [str(summary.family.config().epochs), f"{summary.epoch_seconds:.2f}"]
+                ours += [f"{summary.epoch_seconds * summary.family.config().epochs:,.0f}"]
+                inference = summary.inference_seconds
+                ours += [NONE if inference is None else f"{inference:.2f}"]
+            published = [f"{theirs[name]:,g}" if name in theirs else NONE for name in ("training", "inference")]
+            lines.append([title, arm, *ours[:3], published[0], ours[3], published[1]])
+            title = ""
+    header = ["", "optimizer", "epochs", "s/epoch", "training, s", "published", "inference, s", "published"]
+    return [markdown(header, lines, left=2)] if found.trained else []
+
+
+def _smoothness_parts(found: TableCells) -> list[str]:
+    """Dirichlet energies at the end of training, beside the published ones."""
+    over = found.table.picture.over[0]
+    lines = []
+    for row in found.trained:
+        title = row.row.title
+        for value, summary, published in smoothness_lines(row, over):
+            line = [title, f"{value:g}"]
+            for measured in get_args(Measured):
+                energy = None if summary is None else summary.energy(measured)
+                line.append(NONE if energy is None else f"{energy:,.0f}")
+                if measured != "raw update":
+                    line.append(f"{published[measured]:,.0f}" if measured in published else NONE)
+            lines.append(line)
+            title = ""
+    header = ["", over, "J of the raw update", "of the smoothed update", "published", "of the embedding", "published"]
+    return [markdown(header, lines, left=2)] if lines else []
 
 
 def row_text(row: RowCells, picture: Path | None) -> str:
@@ -264,31 +357,6 @@ def learning(row: RowCells) -> list[list[str]]:
         for i, summary in enumerate(row.summaries)
     ]
     return [header, *lines] if columns else []
-
-
-def draw_curves(row: RowCells, path: Path) -> None:
-    """Draws the curves of a row."""
-    counts: dict[str, int] = {}
-    runs = []
-    for summary in row.summaries:
-        arm = summary.family.arm
-        counts[arm] = counts.get(arm, -1) + 1
-        runs.append(
-            plots.Seeds(
-                _with_seeds(summary),
-                arm,
-                counts[arm],
-                [[record["loss"] for record in cell.history] for cell in summary.cells],
-                [cell.curve for cell in summary.cells],
-            )
-        )
-    published = {x.arm: x.losses for x in row.row.published if x.arm is not None and x.losses}
-    plots.training_curves(runs, path, title=row.row.title, published=published)
-
-
-def _with_seeds(summary: Summary) -> str:
-    seeds = f" ({len(summary.cells)} seeds)" if len(summary.cells) > 1 else ""
-    return summary.family.label + seeds
 
 
 def _published_line(published: Published) -> list[str]:

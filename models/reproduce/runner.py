@@ -17,10 +17,13 @@ from models.config import Optimizer, TrainConfig
 from models.files import claim, read_json
 from models.memory import out_of_memory_told
 from models.reproduce.cells import REVISIONS, Cell, Cells, cell_path, defaults_of, identity_of, portable
+from models.reproduce.maps import umap_class
 from models.reproduce.tables import PLAIN, Dataset, Family, Table
 from models.training.files import read_history
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from models.training.run import Result
     from models.training.training_data import TrainingData
 
@@ -32,7 +35,7 @@ class Job:
     """A cell to train.
 
     Attributes:
-      experiment: the table's name.
+      experiment: name of the table that the cell belongs to.
       family: which cell, but for the seed.
       config: the run's configuration.
       path: where the cell will be kept.
@@ -113,17 +116,22 @@ def plan(
         fields = dataset.public if data_dir is None else {"data": data_dir / dataset.file}
         if epochs is not None and not row.closed_form:
             fields = fields | {"epochs": epochs}
-        for seed in range(1 if row.closed_form else seeds):
+        for seed in range(table.num_seeds(row, seeds)):
             for family in row.families:
                 if arms and family.arm not in arms:
                     continue
                 path = cell_path(results_dir, table.name, family, seed)
                 config = family.config(**fields, **_attributes(family, dataset, data_dir), seed=seed)
-                folder = find_folder(work_dir / table.name, path.stem, family.arm, config)
-                job = Job(table.name, family, config, path, folder)
+                if not path.exists():
+                    path = cells.begun(family, config) or path  # of another table, whose run goes on
+                experiment = path.parent.name
+                folder = find_folder(work_dir / experiment, path.stem, family.arm, config)
+                job = Job(experiment, family, config, path, folder)
                 if job.done or cells.shared(family, config) is not None:
                     done += 1
                     continue
+                if getattr(config, "keep_epochs", ()):
+                    umap_class()  # it is needed at the end: better missed now
                 if data_dir is not None and not config.data.is_file():
                     raise ValueError(
                         f"data_dir: {config.data} does not exist; it holds a line 'user item item …' a user, oldest "
@@ -192,7 +200,7 @@ def train(jobs: Sequence[Job]) -> None:
                 results = error.results if isinstance(error, loop.DivergedError) else [None] * len(claimed)
             for job, result in zip(claimed, results, strict=True):
                 if result is not None:
-                    _write_cell(job, result)
+                    _write_cell(job, result, prepared.interactions.item_ids)
     if failed:
         raise ValueError(f"{', '.join(failed)} failed, see above; the other cells are there")
 
@@ -224,7 +232,7 @@ def _without_strengths(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, seed=0, beta=0.0, num_layers=1, optimizer="adamw", smoothing="neumann", **usual)
 
 
-def _write_cell(job: Job, result: "Result") -> None:
+def _write_cell(job: Job, result: "Result", item_ids: "np.ndarray") -> None:
     import flax
     import jax
     import optax
@@ -239,6 +247,10 @@ def _write_cell(job: Job, result: "Result") -> None:
         read_history(job.folder / "history.jsonl"),
         versions={package.__name__: package.__version__ for package in (jax, flax, optax, sevo_optax)},
     )
+    if job.config.to_dict().get("keep_epochs"):
+        from models.reproduce.maps import make_maps
+
+        make_maps(job.folder, job.config, item_ids).write(job.path.with_suffix(".npz"))
     cell.write(job.path)
     print(f"{job.path}: NDCG@10 {cell.test['NDCG@10']:.4f} at epoch {cell.best_epoch}", flush=True)
 
@@ -361,6 +373,13 @@ def _digest(config: TrainConfig) -> str:
     defaults = defaults_of(config)
     values = {name: value for name, value in _of_a_run(config).items() if value != defaults.get(name)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def device_name() -> str:
+    """What this process would train on, as cells say it."""
+    import jax
+
+    return _device(str(jax.devices()[0].device_kind))
 
 
 def _device(kind: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from models.config import SELECTION, Optimizer
 from models.reproduce.cells import Cell, Cells
-from models.reproduce.tables import BASELINES, METRICS, Family, Published, Row, Table
+from models.reproduce.tables import BASELINES, METRICS, Family, Measured, Published, Row, Table
 from models.training.compare import Gain, gain
 
 
@@ -54,6 +54,36 @@ class Summary:
     def validation(self) -> float:
         """Mean of the best validation NDCG@10."""
         return statistics.fmean(cell.validation[SELECTION] for cell in self.cells)
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Mean seconds of an epoch."""
+        return statistics.fmean(cell.epoch_seconds for cell in self.cells)
+
+    @property
+    def training_seconds(self) -> float:
+        """Mean seconds of all epochs together, without evaluation."""
+        return statistics.fmean(cell.epoch_seconds * cell.epochs for cell in self.cells)
+
+    @property
+    def inference_seconds(self) -> float | None:
+        """Mean seconds of ranking all validation users' lists; None: not known."""
+        known = [cell.inference_seconds for cell in self.cells if cell.inference_seconds is not None]
+        return statistics.fmean(known) if known else None
+
+    def energy(self, measured: Measured, epoch: int = -1) -> float | None:
+        """Mean Dirichlet energy of the first smoothed table, or of its update, after an epoch; None: not recorded.
+
+        Args:
+          measured: of what.
+          epoch: after which, counted from 1; -1: the last.
+        """
+        values = []
+        for cell in self.cells:
+            record = cell.history[epoch if epoch < 0 else epoch - 1] if cell.epochs >= epoch else {}
+            found = [x for name, x in record.get("diagnostics", {}).items() if name.endswith(f"/{measured} energy")]
+            values += found[:1]
+        return statistics.fmean(values) if len(values) == len(self.cells) else None
 
     def best_within(self, epochs: int) -> float:
         """Mean of the best validation NDCG@10 of the first epochs; -inf: they were not evaluated."""

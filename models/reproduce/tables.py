@@ -1,14 +1,14 @@
 """What to reproduce: tables and figures declared in YAML, in ``models/reproduce/tables``.
 
-A table has datasets, arms and rows; a row is a preset (or a model) on a dataset, trained with every arm, for every value
-of what it varies, and holds the published figures to compare with. A figure is a table that says how it is drawn. See
-``table-4.yaml`` for an example.
+A table has datasets, arms and rows; a row is a preset (or a model) on a dataset, trained with every arm, for every
+value of what it varies, and holds the published figures to compare with. A figure is a table that says how it is drawn.
+See ``table-4.yaml`` for an example.
 """
 
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -67,7 +67,10 @@ Measured = Literal["raw update", "smoothed update", "embedding"]
 
 @with_config(STRICT)
 class PublishedFile(TypedDict):
-    """Published figures, as a file gives them; ``runs`` are single NDCG@10 instead of their number and deviation."""
+    """Published figures, as a file gives them.
+
+    ``runs`` are single NDCG@10 instead of their number and deviation; ``readings`` losses of which only one is known.
+    """
 
     label: NotRequired[str]
     arm: NotRequired[Optimizer]
@@ -77,6 +80,7 @@ class PublishedFile(TypedDict):
     num_runs: NotRequired[AtLeastOne]
     deviation: NotRequired[Annotated[float, Field(ge=0)]]
     losses: NotRequired[dict[AtLeastOne, tuple[float, float, float]]]
+    readings: NotRequired[dict[AtLeastOne, float]]
     smoothness: NotRequired[dict[Measured, float]]
 
 
@@ -110,7 +114,7 @@ class PictureFile(TypedDict):
     """How a table is drawn, as a file gives it."""
 
     kind: PictureKind
-    over: NotRequired[str]
+    over: NotRequired[list[str]]
     groups: NotRequired[dict[str, list[str]]]
 
 
@@ -143,7 +147,8 @@ class TableFile(TypedDict):
     arms: Annotated[list[Optimizer], Field(min_length=1)]
     picture: NotRequired[PictureFile]
     gains: NotRequired[list[GainFile]]
-    times: NotRequired[dict[str, TimesFile]]
+    times: NotRequired[dict[str, dict[Optimizer, TimesFile]]]
+    seeds: NotRequired[AtLeastOne]
     rows: NotRequired[Annotated[list[RowFile], Field(min_length=1)]]
     include: NotRequired[Annotated[list[str], Field(min_length=1)]]
 
@@ -317,12 +322,13 @@ class Picture:
         test NDCG@10 over what is varied, of each row. bars: test NDCG@10 of every arm, of each row. smoothness: the
         Dirichlet energies over what is varied. gains: average gains of each subject. times: seconds of an epoch and of
         an inference. maps: item tables in two dimensions, after the epochs that they were kept after.
-      over: lines, smoothness: the setting on the horizontal axis.
+      over: lines, smoothness, maps: the settings on the horizontal axis (maps: the vertical one), of which each row
+        varies one.
       groups: maps: attributes of items by the name of their colour group.
     """
 
     kind: PictureKind = "curves"
-    over: str | None = None
+    over: tuple[str, ...] = ()
     groups: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
 
@@ -356,7 +362,8 @@ class Table:
       rows: in the order in which they are trained and shown.
       picture: how it is drawn.
       gains: published average gains.
-      times: published seconds, ``training`` and ``inference``, by the rows' subject.
+      times: published seconds, ``training`` and ``inference``, by the rows' subject and the arm.
+      seeds: no more are trained than these; None: as many as are asked for.
     """
 
     name: str
@@ -367,7 +374,12 @@ class Table:
     rows: tuple[Row, ...]
     picture: Picture = dataclasses.field(default_factory=Picture)
     gains: tuple[PublishedGain, ...] = ()
-    times: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    times: dict[str, dict[Optimizer, dict[str, float]]] = dataclasses.field(default_factory=dict)
+    seeds: int | None = None
+
+    def num_seeds(self, row: Row, asked: int) -> int:
+        """How many seeds a row is trained with, where some are asked for."""
+        return 1 if row.closed_form else min(asked, self.seeds or asked)
 
 
 def table_names() -> list[str]:
@@ -424,10 +436,7 @@ def load_table(name_or_path: str | PathLike[str]) -> Table:
                 f"{path}: two rows are called {row.name}; a dataset, model and loss may stand there once, unless the "
                 "rows have names"
             )
-    picture = Picture(**values.get("picture", {}))
-    needed = {"lines": "over", "smoothness": "over", "maps": "groups"}.get(picture.kind)
-    if needed and not getattr(picture, needed):
-        raise ValueError(f"{path}: picture: {needed} is missing; {picture.kind} need it")
+    picture = _picture(values.get("picture", {"kind": "curves"}), rows, str(path))
     return Table(
         name=path.stem,
         title=values["title"],
@@ -437,8 +446,22 @@ def load_table(name_or_path: str | PathLike[str]) -> Table:
         rows=tuple(rows),
         picture=picture,
         gains=tuple(PublishedGain(**gain) for gain in values.get("gains", [])),
-        times={subject: dict(times) for subject, times in values.get("times", {}).items()},
+        times=values.get("times", {}),
+        seeds=values.get("seeds"),
     )
+
+
+def _picture(values: PictureFile, rows: Sequence[Row], where: str) -> Picture:
+    picture = Picture(values["kind"], tuple(values.get("over", ())), values.get("groups", {}))
+    if picture.kind not in ("lines", "smoothness", "maps"):
+        return picture
+    for row in rows:
+        if sum(name in row.vary for name in picture.over) != 1:
+            raise ValueError(
+                f"{where}: picture: over must name one setting that {row.title} varies, got "
+                f"{', '.join(picture.over) or 'none'}"
+            )
+    return picture
 
 
 def _row(
@@ -522,6 +545,9 @@ def _published(values: PublishedFile, where: str, label: str) -> Published:
             if name in values:
                 raise ValueError(f"{where}: runs and {name} exclude each other; {name} follows from the runs")
         values |= {"num_runs": len(runs), "deviation": statistics.stdev(runs)}
+    readings = values.pop("readings", {})
+    if readings:
+        values["losses"] = values.get("losses", {}) | {epoch: (x, x, x) for epoch, x in readings.items()}
     if "deviation" in values and "num_runs" not in values:
         raise ValueError(f"{where}: num_runs is missing; a deviation means nothing without it")
     if "metrics" in values and "arm" in values and SELECTION not in values["metrics"]:

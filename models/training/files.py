@@ -10,6 +10,8 @@ from models.files import make_folder, write_bytes, write_json, write_text
 
 __all__ = ["curve", "make_folder", "read_history", "refuse_run_file", "write_bytes", "write_json", "write_text"]
 
+# Where a run keeps the item tables that it was asked for.
+EMBEDDINGS = "embeddings"
 # All that a run writes. The first says what it is, the second what its items are called.
 RUN_FILES = (
     "run.json",
@@ -21,7 +23,7 @@ RUN_FILES = (
     "context.npz",
     "users.npz",
 )
-RUN_FOLDERS = ("checkpoints", "tensorboard")
+RUN_FOLDERS = ("checkpoints", "tensorboard", EMBEDDINGS)
 
 
 def refuse_run_file(option: str, path: Path | None, directory: Path) -> None:

@@ -136,8 +136,10 @@ class _Group:
             restored = [run.restore(*like) for run, like in zip(runs, fresh, strict=True)]
             self.program.put(*zip(*restored, strict=True))
         self.begin -= max(run.seconds for run in runs)
-        for run in runs:
+        for i, run in enumerate(runs):
             run.start()
+            if not done and 0 in self.config.keep_epochs:
+                run.keep(0, self.program.item_table(self.program.params_of(i)))
 
     def train(self) -> None:
         """Trains until every run is finished or has diverged."""
@@ -166,7 +168,9 @@ class _Group:
         for i in list(self.active):
             self._part_with_diverged(i, _loss_failure(losses[i], epoch))
         evaluated = bool(self.active) and (epoch % config.eval_every == 0 or epoch == config.epochs)
+        start = time.perf_counter()
         validation = self._validate() if evaluated else {}
+        evaluation_seconds = time.perf_counter() - start
         diagnostics = program.diagnose(epoch) if config.diagnostics else None
         stop = asked.is_set()  # asked once: a signal between saving and stopping waits for the next epoch
         shown = {"loss": losses[list(self.active)].mean() if self.active else np.nan, "seconds": seconds}
@@ -184,8 +188,11 @@ class _Group:
                 "seconds": round(seconds, 4),
                 "tokens_per_second": round(tokens / seconds),
             }
+            if epoch in config.keep_epochs:
+                run.keep(epoch, program.item_table(program.params_of(i) if params is None else params))
             if evaluated:
                 record["validation"] = validation[i]
+                record["evaluation_seconds"] = round(evaluation_seconds, 4)
                 run.consider(validation[i][SELECTION], epoch, params)
             if diagnostics is not None:
                 record["diagnostics"] = diagnostics[i]

@@ -77,9 +77,9 @@ def make_diagnose(
 
     It takes the gradient of one batch through the stages of the optimizer, and changes nothing. For each group of
     tables it reports the smoothness of the raw update (as it reaches the smoothing), of the smoothed update and of the
-    table, each divided by the squared norm, so that it lies in [0, 2]; and the alignment: the cosine between raw and
-    smoothed update, positive where smoothing keeps the direction (Section 2.2 of the paper). Without smoothing both
-    updates are the same.
+    table, each as it is (energy) and divided by the squared norm, so that it lies in [0, 2]; and the alignment: the
+    cosine between raw and smoothed update, positive where smoothing keeps the direction (Section 2.2 of the paper).
+    Without smoothing both updates are the same.
     """
     smoothers = [name for name in stages if name.startswith("sevo ")]
     probe = smoothers[0] if smoothers else "decay"
@@ -114,20 +114,20 @@ def make_diagnose(
             leaves = [(axes.get(table, 0), leaf) for table in group for leaf in jax.tree.leaves(_part(tree, table))]
             return jnp.concatenate([jnp.moveaxis(leaf, axis, 0) for axis, leaf in leaves])
 
-        def relative(x: jax.Array) -> jax.Array:
-            return smoothness(x, adjacency) / jnp.maximum(jnp.sum(x * x), jnp.finfo(x.dtype).tiny)
+        def energies(name: str, x: jax.Array) -> dict[str, jax.Array]:
+            energy = smoothness(x, adjacency)
+            relative = energy / jnp.maximum(jnp.sum(x * x), jnp.finfo(x.dtype).tiny)
+            return {name: relative, f"{name} energy": energy}
 
         report = {}
         for group in groups:
             before, after = nodes(raw, group), nodes(smoothed, group)
             size = jnp.linalg.norm(before) * jnp.linalg.norm(after)
             name = "+".join(group)
-            report |= {
-                f"{name}/raw update": relative(before),
-                f"{name}/smoothed update": relative(after),
-                f"{name}/embedding": relative(nodes(params, group)),
-                f"{name}/alignment": jnp.sum(before * after) / jnp.maximum(size, jnp.finfo(before.dtype).tiny),
-            }
+            report |= energies(f"{name}/raw update", before)
+            report |= energies(f"{name}/smoothed update", after)
+            report |= energies(f"{name}/embedding", nodes(params, group))
+            report[f"{name}/alignment"] = jnp.sum(before * after) / jnp.maximum(size, jnp.finfo(before.dtype).tiny)
         return report
 
     return diagnose
@@ -223,6 +223,12 @@ class Program:
         if len(self.seeds) == 1:
             return jax.tree.map(jnp.copy, self.model_state)
         return jax.tree.map(lambda x: x[i], self.model_state)
+
+    def item_table(self, params: Any) -> np.ndarray:
+        """The table that items are scored by, row ``i`` item ``i``, for the model's state of one seed."""
+        model = nnx.merge(self.graphdef, params)
+        table, _ = model.items(model.represent(self.prepared.context))
+        return np.asarray(table, np.float32)
 
     def state_of(self, i: int) -> Any:
         """The optimizer state of the ``i``-th seed."""

@@ -14,9 +14,9 @@ import numpy as np
 
 from models.architectures.registry import model_class
 from models.config import SELECTION, Optimizer, TrainConfig
-from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_json, write_text
+from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_bytes, write_json, write_text
 from models.training import beside
-from models.training.files import curve, read_history
+from models.training.files import EMBEDDINGS, curve, read_history
 from models.training.program import Program
 from models.training.training_data import TrainingData
 
@@ -237,6 +237,9 @@ class Run:
         for name in ("result.json", "curve.png", "per_user.csv"):
             (self.directory / name).unlink(missing_ok=True)
         self.checkpoints.remove_after(self.saved)
+        for path in (self.directory / EMBEDDINGS).glob("*.npz"):
+            if not self.saved or not path.stem.isdecimal() or int(path.stem) > self.saved:
+                path.unlink()
         if not self.continues:
             _remove_scalars(self.directory / "tensorboard")
         self.info.write(self.directory, self.prepared.interactions.item_ids)
@@ -274,6 +277,13 @@ class Run:
             self.best, self.stale = (score, epoch, params), 0
         else:
             self.stale += 1
+
+    def keep(self, epoch: int, table: np.ndarray) -> None:
+        """Writes the table that items are scored by."""
+        if self.directory is not None:
+            folder = self.directory / EMBEDDINGS
+            folder.mkdir(exist_ok=True)
+            write_bytes(folder / f"{epoch}.npz", lambda file: np.savez_compressed(file, items=table))
 
     def save(self, epoch: int, params: Any, opt_state: Any) -> None:
         """Writes a checkpoint, unless it is there already."""

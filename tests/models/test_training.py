@@ -303,11 +303,16 @@ def test_diagnostics_describe_the_next_step_and_change_nothing(prepared, tmp_pat
     smoothed = raw if optimizer == "adamw" else smooth(raw, prepared.nodes.adjacency)
     (table,) = jax.tree.leaves(params["item_embedding"])
 
+    def energy(x):
+        return float(smoothness(x, prepared.nodes.adjacency))
+
     def rough(x):
-        return float(smoothness(x, prepared.nodes.adjacency) / jnp.sum(x * x))
+        return energy(x) / float(jnp.sum(x * x))
 
     cosine = float(jnp.sum(raw * smoothed) / jnp.linalg.norm(raw) / jnp.linalg.norm(smoothed))
-    expected = {"raw update": rough(raw), "smoothed update": rough(smoothed), "embedding": rough(table)}
+    expected = {}
+    for name, x in [("raw update", raw), ("smoothed update", smoothed), ("embedding", table)]:
+        expected |= {name: rough(x), f"{name} energy": energy(x)}
     expected = {f"item_embedding/{name}": value for name, value in (expected | {"alignment": cosine}).items()}
     assert found == pytest.approx(expected, rel=1e-3)
     if optimizer != "adamw":

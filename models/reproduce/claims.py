@@ -1,0 +1,231 @@
+"""The paper's claims, judged by the cells that are there."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from models.config import SELECTION, Optimizer
+from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains
+
+SEVO: Optimizer = "sevo-adamw"
+# Training that takes so much longer is not negligible.
+NEGLIGIBLE = 0.25
+# More smoothing than this, and the iterative form need not keep the gradient's direction (Theorem 1).
+TURNS_AT = 0.5
+
+Found = Mapping[str, TableCells]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the cells say about a claim.
+
+    Attributes:
+      holds: of each comparison that could be made, whether it is as claimed.
+      evidence: the figures, for readers.
+    """
+
+    holds: Sequence[bool]
+    evidence: Sequence[str]
+
+    def text(self, complete: bool) -> str:
+        """The verdict in words."""
+        if not self.holds:
+            return "not decided"
+        if all(self.holds):
+            return "holds" if complete else "holds so far"
+        return f"holds in {sum(self.holds)} of {len(self.holds)}" if any(self.holds) else "does not hold"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim of the paper.
+
+    Attributes:
+      text: what is claimed.
+      tables: names of the tables and figures that it rests on.
+      judge: makes the verdict of what was trained, by table.
+    """
+
+    text: str
+    tables: tuple[str, ...]
+    judge: Callable[[Found], Verdict]
+
+
+def finished(row: RowCells, arm: Optimizer = SEVO, **settings: Any) -> Summary | None:
+    """The family with an arm and settings, if its cells are complete and of the present meaning of the arm."""
+    for summary in row.summaries:
+        same = summary.family.arm == arm and settings.items() <= summary.family.settings.items()
+        if same and not summary.short and not summary.outdated:
+            return summary
+    return None
+
+
+def _gains(found: Found) -> Verdict:
+    holds, evidence = [], []
+    over = {base: average_gains(found["table-3"].rows, base) for base in ("adam", "adamw")}
+    for gain in over["adamw"]:
+        if gain.arm != SEVO or gain.gain is None or gain.short:
+            continue
+        holds.append(gain.gain > 0)
+        text = f"{gain.subject} {gain.gain:+.1%} over adamw"
+        adam = next(x for x in over["adam"] if (x.subject, x.arm) == (gain.subject, gain.arm))
+        if adam.gain is not None and not adam.short:
+            text += f", {adam.gain:+.1%} over adam"
+        evidence.append(f"{text} ({', '.join(gain.datasets)})")
+    return Verdict(holds, evidence)
+
+
+def _rescaling(found: Found) -> Verdict:
+    holds, evidence = [], []
+    for row in found["figure-4a"].rows:
+        with_it, without = finished(row, rescale=True), finished(row, rescale=False)
+        if with_it and without:
+            values = [statistics.fmean(cell.history[-1]["loss"] for cell in x.cells) for x in (without, with_it)]
+            holds.append(values[0] > values[1])
+            evidence.append(
+                f"{row.row.dataset}: last training loss {values[0]:.2f} without it, {values[1]:.2f} with it"
+            )
+    return Verdict(holds, evidence)
+
+
+def _iterative(found: Found) -> Verdict:
+    holds, evidence = [], []
+    for row in found["figure-5b"].rows:
+        for beta in row.row.vary["beta"]:
+            neumann = finished(row, smoothing="neumann", beta=beta)
+            iterative = finished(row, smoothing="iterative", beta=beta)
+            if beta <= TURNS_AT or not (neumann and iterative):
+                continue
+            holds.append(iterative.mean() < neumann.mean())
+            evidence.append(
+                f"{row.row.dataset}, beta {beta}: iterative {iterative.mean():.4f}, Neumann {neumann.mean():.4f}"
+            )
+    return Verdict(holds, evidence)
+
+
+def _layers(found: Found) -> Verdict:
+    holds, evidence = [], []
+    for row in found["table-4"].rows:
+        values = {n: x.mean() for n in row.row.vary["num_layers"] if (x := finished(row, num_layers=n))}
+        if len(values) < len(row.row.vary["num_layers"]):
+            continue
+        best = max(values, key=values.__getitem__)
+        holds.append(best == 3)
+        evidence.append(f"{row.row.dataset}: best at L = {best} ({values[best]:.4f}; L = 3: {values[3]:.4f})")
+    return Verdict(holds, evidence)
+
+
+def _correction(found: Found) -> Verdict:
+    gains = {
+        (gain.subject, gain.settings["moment_correction"]): gain
+        for gain in average_gains(found["figure-6"].rows, "adamw")
+        if gain.arm == SEVO and gain.gain is not None and not gain.short
+    }
+    holds, evidence = [], []
+    for subject in ("GRU4Rec", "STOSA"):
+        with_it, without = gains.get((subject, True)), gains.get((subject, False))
+        if with_it and without and with_it.datasets == without.datasets:
+            holds.append(with_it.gain > without.gain)
+            evidence.append(
+                f"{subject}: {with_it.gain:+.1%} over adamw with it, {without.gain:+.1%} without "
+                f"({', '.join(with_it.datasets)})"
+            )
+    return Verdict(holds, evidence)
+
+
+def _variants(found: Found, over: str, choice: str) -> list[tuple[RowCells, dict[Any, dict[Any, float]]]]:
+    """Of the rows of Figure 7 that vary ``over``: by ``choice``, the test NDCG@10 by ``over``, where all are there."""
+    complete = []
+    for row in found["figure-7"].rows:
+        if over not in row.row.vary:
+            continue
+        values: dict[Any, dict[Any, float]] = {}
+        for picked in row.row.vary[choice]:
+            for value in row.row.vary[over]:
+                summary = finished(row, **{choice: picked, over: value})
+                if summary is not None:
+                    values.setdefault(picked, {})[value] = summary.mean()
+        if sum(map(len, values.values())) == len(row.row.vary[choice]) * len(row.row.vary[over]):
+            complete.append((row, values))
+    return complete
+
+
+def _last(found: Found) -> Verdict:
+    holds, evidence = [], []
+    for row, values in _variants(found, "graph_max_length", "graph_keep"):
+        better = [values["last"][k] > values["first"][k] for k in values["last"]]
+        holds += better
+        evidence.append(f"{row.row.dataset}: the last K are better at {sum(better)} of {len(better)} K")
+    return Verdict(holds, evidence)
+
+
+def _distance(found: Found) -> Verdict:
+    holds, evidence = [], []
+    for row, values in _variants(found, "max_hops", "graph_weighting"):
+        spread = {name: max(x.values()) - min(x.values()) for name, x in values.items()}
+        holds.append(spread["distance"] < spread["frequency"])
+        evidence.append(
+            f"{row.row.dataset}: {SELECTION} moves by {spread['distance']:.4f} with distance, "
+            f"by {spread['frequency']:.4f} with frequency"
+        )
+    return Verdict(holds, evidence)
+
+
+def _genres(found: Found) -> Verdict:
+    rows = {row.row.given_name: row for row in found["table-5"].rows}
+    interactions, genres = rows["ml-1m-interactions"], rows["ml-1m-genres"]
+    plain = finished(interactions, beta=0.0)
+    holds, evidence = [], []
+    for beta in genres.row.vary["beta"]:
+        ours, theirs = finished(interactions, beta=beta), finished(genres, beta=beta)
+        if plain and ours and theirs:
+            holds.append(plain.mean() < theirs.mean() < ours.mean())
+            evidence.append(
+                f"beta {beta}: nothing {plain.mean():.4f}, genres {theirs.mean():.4f}, interactions {ours.mean():.4f}"
+            )
+    return Verdict(holds, evidence)
+
+
+def _overhead(found: Found) -> Verdict:
+    holds, evidence = [], []
+    for row in found["figure-3"].rows:
+        smoothed, plain = finished(row), finished(row, "adamw")
+        if smoothed and plain:
+            more = smoothed.epoch_seconds / plain.epoch_seconds - 1
+            holds.append(more <= NEGLIGIBLE)
+            evidence.append(f"{row.row.subject} {more:+.0%} an epoch")
+    return Verdict(holds, evidence)
+
+
+CLAIMS = (
+    Claim("SEvo improves every backbone", ("table-3",), _gains),
+    Claim("Without rescaling, learning is slow", ("figure-4a",), _rescaling),
+    Claim(f"The iterative form falls behind above beta {TURNS_AT}", ("figure-5b",), _iterative),
+    Claim("L = 3 is best", ("table-4",), _layers),
+    Claim("Correcting the moments helps GRU4Rec and STOSA", ("figure-6",), _correction),
+    Claim("The last K items make a better graph than the first", ("figure-7",), _last),
+    Claim("Distance is steadier than frequency as hops grow", ("figure-7",), _distance),
+    Claim("Genres help, but less than interactions", ("table-5",), _genres),
+    Claim(f"The overhead is negligible (at most {NEGLIGIBLE:.0%} more an epoch)", ("figure-3",), _overhead),
+)
+
+
+def claim_lines(found: Found) -> list[list[str]]:
+    """A line for each claim whose tables are there: the claim, the verdict, the evidence, what was not run."""
+    lines = []
+    for claim in CLAIMS:
+        if not set(claim.tables) <= set(found):
+            continue
+        verdict = claim.judge(found)
+        missing = []
+        for name in claim.tables:
+            rows = found[name].rows
+            total = sum(len(row.row.families) for row in rows)
+            lacking = [x for row in rows for x in (*row.missing, *(y for y in row.summaries if y.short or y.outdated))]
+            if lacking:
+                missing.append(f"{len(lacking)} of {total} of {name}")
+        text = verdict.text(complete=not missing)
+        lines.append([claim.text, text, "; ".join(verdict.evidence) or "–", ", ".join(missing) or "–"])
+    return lines

@@ -1,0 +1,251 @@
+"""The pictures of tables and figures: what is drawn, from cells. How it is drawn is in :mod:`models.plots`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models import plots
+from models.config import SELECTION
+from models.reproduce.cells import cell_path
+from models.reproduce.maps import Maps
+from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains
+from models.reproduce.tables import PLAIN, Family
+
+TEST = f"test {SELECTION}"
+
+
+def draw_curves(row: RowCells, path: Path) -> None:
+    """Draws validation NDCG@10 and training loss of a row over epochs."""
+    counts: dict[str, int] = {}
+    runs = []
+    for summary in row.summaries:
+        arm = summary.family.arm
+        counts[arm] = counts.get(arm, -1) + 1
+        runs.append(
+            plots.Seeds(
+                _with_seeds(summary),
+                arm,
+                counts[arm],
+                [[record["loss"] for record in cell.history] for cell in summary.cells],
+                [cell.curve for cell in summary.cells],
+            )
+        )
+    published = {x.arm: x.losses for x in row.row.published if x.arm is not None and x.losses}
+    plots.training_curves(runs, path, title=row.row.title, published=published)
+
+
+def draw_table(found: TableCells, results_dir: Path) -> list[Path]:
+    """Draws the picture of a whole table or figure, of what was trained of it; returns the files."""
+    table = found.table
+    path = results_dir / f"{table.name}.png"
+    draw = {
+        "loss": _draw_loss,
+        "lines": _draw_lines,
+        "bars": _draw_bars,
+        "smoothness": _draw_smoothness,
+        "gains": _draw_gains,
+        "times": _draw_times,
+    }
+    if table.picture.kind == "maps":
+        return [path] if _draw_maps(found, results_dir, path) else []
+    return [path] if draw[table.picture.kind](found, path) else []
+
+
+def _draw_loss(found: TableCells, path: Path) -> bool:
+    panels = []
+    for row in found.trained:
+        lines, published = [], []
+        for summary in row.summaries:
+            length = min(cell.epochs for cell in summary.cells)
+            losses = np.array([[record["loss"] for record in cell.history[:length]] for cell in summary.cells])
+            spread = losses.std(axis=0, ddof=1) if len(losses) > 1 else None
+            lines.append(plots.Line(summary.family.label, None, np.arange(1, length + 1), losses.mean(0), spread))
+        for family in row.row.families:
+            if family.published is not None and family.published.losses:
+                points = {epoch: mean for epoch, (_, mean, _) in family.published.losses.items()}
+                published.append(plots.Line(family.label, None, list(points), list(points.values())))
+        panels.append(plots.Panel(row.row.title, "epoch", "training loss", lines, published))
+    if panels:
+        plots.panels(panels, path, title=found.table.title)
+    return bool(panels)
+
+
+def _draw_lines(found: TableCells, path: Path) -> bool:
+    panels = []
+    for over in found.table.picture.over:
+        for dataset in found.table.datasets:
+            rows = [row for row in found.rows if row.row.dataset == dataset and over in row.row.vary]
+            if any(row.summaries for row in rows):
+                panels.append(_values_panel(rows, over, dataset))
+    if panels:
+        plots.panels(panels, path, title=found.table.title)
+    return bool(panels)
+
+
+def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Panel:
+    """Test NDCG@10 over one of the settings that rows vary; the others, and the rows, tell lines apart."""
+    ours: dict[str, list[tuple[float, Summary]]] = {}
+    theirs: dict[str, list[tuple[float, float]]] = {}
+    levels: dict[str, float] = {}
+    for row in rows:
+        trained = {summary.family.label: summary for summary in row.summaries}
+        for family in row.row.families:
+            summary = trained.get(family.label)
+            if over not in family.settings:
+                if summary is not None and family.arm in PLAIN:
+                    levels[family.arm] = summary.mean()
+                continue
+            label, x = _line_label(row, rows, family, over), float(family.settings[over])
+            if summary is not None:
+                ours.setdefault(label, []).append((x, summary))
+            if family.published is not None and family.published.metrics:
+                theirs.setdefault(label, []).append((x, family.published.metrics[SELECTION]))
+    lines = []
+    for label, points in ours.items():
+        deviations = [summary.deviation() for _, summary in points]
+        spread = None if None in deviations else deviations
+        lines.append(plots.Line(label, None, [x for x, _ in points], [s.mean() for _, s in points], spread))
+    published = [plots.Line(label, None, *zip(*points, strict=True)) for label, points in theirs.items()]
+    return plots.Panel(dataset, over, TEST, lines, published, list(levels.items()), categories=True)
+
+
+def _line_label(row: RowCells, rows: Sequence[RowCells], family: Family, over: str) -> str:
+    others = [str(value) for name, value in family.settings.items() if name != over]
+    parts = ([row.row.subject] if len(rows) > 1 else []) + (others or [family.arm])
+    return ", ".join(parts)
+
+
+def _draw_bars(found: TableCells, path: Path) -> bool:
+    panels: dict[str, list[plots.Bar]] = {}
+    for row in found.trained:
+        arms = list(dict.fromkeys(row.row.arms))
+        for arm in arms:
+            same = [x for x in row.summaries if x.family.arm == arm]
+            best = next((x for x in same if len(same) == 1 or row.chosen(x)), None)
+            published = row.row.published_for(arm)
+            theirs = published.metrics.get(SELECTION) if published else None
+            if best is not None or theirs is not None:
+                bar = plots.Bar(
+                    best.family.label if best else arm,
+                    plots.COLORS.get(arm),
+                    best.mean() if best else None,
+                    best.deviation() if best else None,
+                    theirs,
+                )
+                panels.setdefault(row.row.dataset, []).append(bar)
+    if panels:
+        plots.bars(panels, path, ylabel=TEST, title=found.table.title)
+    return bool(panels)
+
+
+def smoothness_lines(row: RowCells, over: str) -> list[tuple[Any, Summary | None, dict[str, float]]]:
+    """Of each value that is varied, what was trained and what was published."""
+    trained = {summary.family.label: summary for summary in row.summaries}
+    found = []
+    for family in row.row.families:
+        if over in family.settings:
+            published = family.published.smoothness if family.published is not None else {}
+            found.append((family.settings[over], trained.get(family.label), published))
+    return found
+
+
+def _draw_smoothness(found: TableCells, path: Path) -> bool:
+    over = found.table.picture.over[0]
+    panels = []
+    for row in found.trained:
+        values = smoothness_lines(row, over)
+        for measured in ("raw update", "smoothed update"):
+            lines = []
+            for value, summary, _ in values:
+                if summary is None:
+                    continue
+                epochs = range(1, min(cell.epochs for cell in summary.cells) + 1)
+                points = [(epoch, summary.energy(measured, epoch)) for epoch in epochs]
+                points = [(epoch, x) for epoch, x in points if x is not None]
+                if points:
+                    lines.append(plots.Line(f"{over} {value}", None, *zip(*points, strict=True)))
+            panels.append(plots.Panel(f"{row.row.title}: {measured}", "epoch", "J", lines, log=True))
+        ours, theirs = [], []
+        for measured in ("smoothed update", "embedding"):
+            points = [(value, s.energy(measured)) for value, s, _ in values if s is not None]
+            points = [(value, x) for value, x in points if x is not None]
+            if points:
+                ours.append(plots.Line(measured, None, *zip(*points, strict=True)))
+            known = [(value, x[measured]) for value, _, x in values if measured in x]
+            if known:
+                theirs.append(plots.Line(measured, None, *zip(*known, strict=True)))
+        title = f"{row.row.title}: at the end"
+        panels.append(plots.Panel(title, over, "J", ours, theirs, categories=True, log=True))
+    if panels:
+        plots.panels(panels, path, title=found.table.title, columns=3)
+    return bool(panels)
+
+
+def _draw_gains(found: TableCells, path: Path) -> bool:
+    published = {(x.subject, x.arm, tuple(x.settings.items())): x.gain for x in found.table.gains}
+    panels: dict[str, list[plots.Bar]] = {}
+    for base in ("adam", "adamw"):
+        gains = {(x.subject, x.arm, tuple(x.settings.items())): x for x in average_gains(found.rows, base)}
+        if all(x.gain is None for x in gains.values()):
+            continue
+        panels[f"over {base}"] = [
+            plots.Bar(
+                ", ".join([key[0], *(f"{name} {value}" for name, value in key[2])]),
+                plots.PALETTE[i % 2],
+                gains[key].gain if key in gains else None,
+                published=value if base == "adam" else None,
+            )
+            for i, (key, value) in enumerate(published.items())
+        ]
+    if panels:
+        plots.bars(panels, path, ylabel="average gain", title=found.table.title, percent=True)
+    return bool(panels)
+
+
+def _draw_times(found: TableCells, path: Path) -> bool:
+    training, inference = [], []
+    for row in found.rows:
+        trained = {summary.family.arm: summary for summary in row.summaries}
+        for arm in row.row.arms:
+            theirs = found.table.times.get(row.row.subject, {}).get(arm, {})
+            summary = trained.get(arm)
+            label, color = f"{row.row.subject}, {arm}", plots.COLORS.get(arm)
+            ours = summary.training_seconds if summary else None
+            training.append(plots.Bar(label, color, ours, published=theirs.get("training")))
+            ours = summary.inference_seconds if summary else None
+            inference.append(plots.Bar(label, color, ours, published=theirs.get("inference")))
+    if found.trained:
+        panels = {"training": training, "inference": inference}
+        plots.bars(panels, path, ylabel="seconds", title=found.table.title, log=True)
+    return bool(found.trained)
+
+
+def map_path(results_dir: Path, experiment: str, family: Family, seed: int) -> Path:
+    """Where the maps of a cell are kept."""
+    return cell_path(results_dir, experiment, family, seed).with_suffix(".npz")
+
+
+def _draw_maps(found: TableCells, results_dir: Path, path: Path) -> bool:
+    drawn: dict[str, dict[str, np.ndarray]] = {}
+    maps = None
+    for row in found.trained:
+        for summary in row.summaries:
+            file = map_path(results_dir, found.table.name, summary.family, summary.cells[0].seed)
+            if file.is_file():
+                maps = Maps.read(file)
+                settings = ", ".join(f"{name} {value}" for name, value in summary.family.settings.items())
+                drawn[settings] = {f"epoch {epoch}": places for epoch, places in maps.places.items()}
+    if maps is None:
+        return False
+    groups = list(found.table.picture.groups)
+    group_of = {name: i for i, names in enumerate(found.table.picture.groups.values()) for name in names}
+    colors = np.array([*(group_of.get(name, -1) for name in maps.attributes), -1])[maps.first]
+    plots.maps(drawn, colors, groups, path, title=found.table.title)
+    return True
+
+
+def _with_seeds(summary: Summary) -> str:
+    seeds = f" ({len(summary.cells)} seeds)" if len(summary.cells) > 1 else ""
+    return summary.family.label + seeds

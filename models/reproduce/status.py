@@ -1,0 +1,97 @@
+"""What is there, what is missing, and roughly how long it takes."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from tabulate import tabulate
+
+from models.reproduce.cells import Cell, Cells
+from models.reproduce.runner import Job
+from models.reproduce.tables import Family, Table
+
+
+def listing(tables: Sequence[Table], cells: Cells, seeds: int) -> str:
+    """The tables and figures, and how many of their cells are there.
+
+    Args:
+      tables: which.
+      cells: where the cells are.
+      seeds: how many seeds are wanted: 0, 1, ….
+    """
+    lines = []
+    for table in tables:
+        there = total = short = 0
+        for row in table.rows:
+            wanted = table.num_seeds(row, seeds)
+            total += wanted * len(row.families)
+            for family in row.families:
+                found = [x for x in cells.of(table.name, family) if x.seed < wanted and not x.outdated]
+                there += len(found)
+                short += sum(cell.config["epochs"] < family.config().epochs for cell in found)
+        lines.append([table.name, f"{there} of {total}", str(short or ""), table.title])
+    header = ["name", "cells", "of fewer epochs", "title"]
+    return tabulate(lines, header, tablefmt="plain", disable_numparse=True, colalign=["left", "right", "right", "left"])
+
+
+def seconds_of(family: Family, epochs: int, cells: Iterable[Cell], device: str) -> float | None:
+    """Roughly how long a run takes: as long an epoch as runs of the same model, loss and data set on such a device.
+
+    Args:
+      family: what is trained.
+      epochs: for how long.
+      cells: all that are there.
+      device: what it runs on, such as ``CPU, 1 core``; what stands behind the comma does not matter.
+
+    Returns:
+      Seconds; None: there is no such run.
+    """
+    values = family.config().to_dict()
+    similar = [
+        cell
+        for cell in cells
+        if (cell.dataset, cell.model) == (family.row.dataset, values["model"])
+        and cell.variant == values.get("loss", "")
+        and cell.device.partition(",")[0].lower() == device.partition(",")[0].lower()
+    ]
+    similar = [cell for cell in similar if cell.arm == family.arm] or similar
+    if not similar:
+        return None
+    # What evaluation adds; the least, because pauses count as well.
+    besides = min(cell.total_seconds / max(cell.epochs * cell.epoch_seconds, 1e-9) for cell in similar)
+    return statistics.median(cell.epoch_seconds for cell in similar) * epochs * max(besides, 1)
+
+
+def dry_run(jobs: Sequence[Job], cells: Cells, device: str, workers: int) -> str:
+    """What is missing of a table, a line a family, and roughly how long it takes."""
+    families: dict[str, list[Job]] = {}
+    for job in jobs:
+        families.setdefault(job.family.name, []).append(job)
+    everything = cells.all()
+    lines, known, unknown = [], 0.0, 0
+    for name, group in families.items():
+        family, epochs = group[0].family, group[0].config.epochs
+        seconds = seconds_of(family, epochs, everything, device)
+        if seconds is None:
+            unknown += len(group)
+        else:
+            known += seconds * len(group)
+        seeds = ", ".join(str(job.config.seed) for job in group)
+        lines.append([name, seeds, str(epochs), "unknown" if seconds is None else duration(seconds)])
+    if not lines:
+        return "nothing is missing"
+    header = ["missing", "seeds", "epochs", "each about"]
+    text = tabulate(lines, header, tablefmt="plain", disable_numparse=True, colalign=["left", "left", "right", "right"])
+    side_by_side = f", {workers} side by side: {duration(known / workers)}" if workers > 1 else ""
+    rest = f"; and {unknown} of which the time is not known" if unknown else ""
+    return f"{text}\n\n{len(jobs) - unknown} runs, about {duration(known)}{side_by_side}{rest}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that suits them.
+
+    >>> duration(42), duration(500), duration(9000)
+    ('42 s', '8 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
