@@ -142,31 +142,31 @@ def test_a_schedule_does_not_change_its_end(prepared, tmp_path, toy):
         loop.train(prepared, dataclasses.replace(config, epochs=6), "adamw", tmp_path, resume=True)
 
 
-def damage(file, how):
-    """Spoils a file, or takes an array out of it."""
-    content = bytearray(file.read_bytes())
-    if how == "missing":
-        with np.load(file) as arrays:
-            kept = dict(arrays)
-        del kept[next(name for name in kept if name.startswith("best."))]
-        np.savez(file, **kept)
-    elif how == "truncated":
-        file.write_bytes(content[: len(content) // 2])
-    elif how == "flipped":
-        content[len(content) // 2] ^= 0xFF
-        file.write_bytes(content)
-    else:
-        file.write_bytes(b"")
+def damage(folder, how):
+    """Spoils the arrays of a checkpoint, or takes files away."""
+    if how == "no description":
+        (folder / "state" / "_METADATA").unlink()
+    for file in (folder / "state").rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        if how == "missing":
+            file.unlink()
+        elif how == "truncated":
+            file.write_bytes(content[: len(content) // 2])
+        elif how == "flipped":
+            content[len(content) // 2] ^= 0xFF
+            file.write_bytes(content)
+        elif how == "empty":
+            file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "empty"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "empty", "no description"])
 def test_a_damaged_checkpoint_is_refused_and_the_older_one_taken(prepared, finished, tmp_path, capsys, how):
     folder, whole = finished
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     expected = leaves(tmp_path, 6)
     older = leaves(tmp_path, 4)
-    damage(tmp_path / "checkpoints" / "6.npz", how)
-    with pytest.raises(CheckpointError, match=r"checkpoints/6\.npz (cannot be read|is damaged)"):
+    damage(tmp_path / "checkpoints" / "6", how)
+    with pytest.raises(CheckpointError, match=r"checkpoints/6 (cannot be read|is damaged)"):
         Checkpoints(tmp_path).load(6)
     loaded = load_run(tmp_path, "last")
     assert loaded.epoch == 4
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_taken(prepared, finis
         assert_same(expected, leaves(tmp_path, 6))
 
     for epoch in (4, 6):
-        (tmp_path / "checkpoints" / f"{epoch}.npz").write_bytes(b"PK")
+        (tmp_path / "checkpoints" / str(epoch) / "note" / "metadata").write_bytes(b"{")
     with pytest.raises(CheckpointError, match="there is no other; train again with --overwrite"):
         load_run(tmp_path)
 

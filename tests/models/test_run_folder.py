@@ -99,10 +99,10 @@ class TestOthersFiles:
         assert Checkpoints(trained).epochs() == [2]
 
     def test_what_a_killed_process_left_unfinished_goes(self, prepared, trained):
-        for folder in (trained, trained / "checkpoints"):
-            (folder / ".partial-1-abc").write_bytes(b"half")
+        (trained / ".partial-1-abc").write_bytes(b"half")
+        (trained / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
         train(prepared, trained, resume=True, epochs=8)
-        assert not list(trained.rglob(".partial*"))
+        assert not [*trained.rglob(".partial*"), *trained.rglob("*-tmp*")]
 
 
 class TestOneAtATime:
@@ -161,10 +161,13 @@ class TestResuming:
     @pytest.mark.parametrize("other", [{"seed": 2}, {"learning_rate": 0.5}])
     def test_checkpoints_of_another_run_are_refused(self, prepared, trained, tmp_path, other):
         train(prepared, tmp_path / "other", **other)
-        shutil.copy(tmp_path / "other" / "checkpoints" / "6.npz", trained / "checkpoints" / "6.npz")
+        shutil.rmtree(trained / "checkpoints" / "6")
+        shutil.copytree(tmp_path / "other" / "checkpoints" / "6", trained / "checkpoints" / "6")
         before = contents(trained)
         for attempt in (lambda: load_run(trained), lambda: train(prepared, trained, resume=True, epochs=8)):
-            with pytest.raises(CheckpointError, match=r"6\.npz belongs to another run than .*run\.json; move it away"):
+            with pytest.raises(
+                CheckpointError, match=r"checkpoints/6 belongs to another run than .*run\.json; move it away"
+            ):
                 attempt()
         assert contents(trained) == before
 
@@ -213,8 +216,8 @@ class TestFingerprint:
 
 
 def as_of_old(folder, **fields):
-    """Turns a run into one as the first version left it: checkpoints in folders, less in ``run.json``."""
-    import tensorstore
+    """Turns a run into one as the first version left it: no run in progress, less in ``run.json``."""
+    import orbax.checkpoint as ocp
 
     values = json.loads((folder / "run.json").read_text())
     kept = {name: values[name] for name in ("optimizer", "config", "num_items", "data")}
@@ -225,18 +228,13 @@ def as_of_old(folder, **fields):
     )
     for epoch in Checkpoints(folder).epochs():
         checkpoint = Checkpoints(folder).load(epoch)
-        (folder / "checkpoints" / f"{epoch}.npz").unlink()
-        place = folder / "checkpoints" / str(epoch)
-        (place / "note").mkdir(parents=True)
-        store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{place / 'state'}/"}}
-        for name, x in checkpoint.leaves.items():
-            array = tensorstore.open(
-                {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}, create=True, dtype=x.dtype, shape=x.shape
-            ).result()
-            array.write(x).result()
+        shutil.rmtree(folder / "checkpoints" / str(epoch))
         progress = {name: x for name, x in checkpoint.progress.items() if name != "run"}
         note = {"digest": checkpoints._digest(checkpoint.leaves), "progress": progress}
-        (place / "note" / "metadata").write_text(json.dumps(note))
+        parts = ocp.args.Composite(state=ocp.args.StandardSave(checkpoint.leaves), note=ocp.args.JsonSave(note))
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        with ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options) as manager:
+            manager.save(epoch, args=parts, force=True)
 
 
 def test_a_model_of_the_first_format_is_loaded(tmp_path):
@@ -307,13 +305,11 @@ class TestDamage:
                 train(prepared, trained, resume=True, epochs=8)
 
     def test_progress_counts_too(self, trained):
-        path = trained / "checkpoints" / "6.npz"
-        with np.load(path) as file:
-            arrays = dict(file)
-        note = json.loads(arrays["note"].item())
+        path = trained / "checkpoints" / "6" / "note" / "metadata"
+        note = json.loads(path.read_text())
         note["progress"]["best_epoch"] = 2 if note["progress"]["best_epoch"] != 2 else 4
-        np.savez(path, **arrays | {"note": np.array(json.dumps(note))})
-        with pytest.raises(CheckpointError, match=r"6\.npz is damaged: its contents do not match its digest"):
+        path.write_text(json.dumps(note))
+        with pytest.raises(CheckpointError, match=r"checkpoints/6 is damaged: its contents do not match its digest"):
             Checkpoints(trained).load(6)
 
     def test_a_full_disk_while_a_checkpoint_is_written(self, prepared, tmp_path, toy, monkeypatch, capfd, caplog):
@@ -326,7 +322,7 @@ class TestDamage:
         monkeypatch.setattr(Checkpoints, "save", full)
         with pytest.raises(CheckpointError, match=r"epoch 4 cannot be written to .*File too large.*of epoch 2 is kept"):
             train(prepared, tmp_path)
-        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2.npz"]
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
         assert not caplog.records
         assert "Traceback" not in "".join(capfd.readouterr())
 
@@ -493,7 +489,7 @@ class TestCommands:
         ("arguments", "name"),
         [
             (("export", "--output"), "items.npz"),
-            (("export", "--output"), "checkpoints/2.npz"),
+            (("export", "--output"), "checkpoints/2"),
             (("evaluate", "--output"), "run.json"),
             (("evaluate", "--per-user"), "history.jsonl"),
             (("recommend", "--history", "1", "--output"), "result.csv"),
