@@ -145,8 +145,8 @@ def check_every_loss(make_model, config, packed, interactions, *, dead=()):
     """Every loss that the model offers gives finite gradients, and some on every parameter that has an effect."""
     sampler = NegativeSampler.from_interactions(interactions)
     for loss in config.losses:
-        few = {"num_negatives": 5} if loss in SAMPLED_LOSSES else {}
-        mine = dataclasses.replace(config, loss=loss, **few).checked()
+        sampled = {"num_negatives": 5} if loss in SAMPLED_LOSSES else {}
+        mine = dataclasses.replace(config, loss=loss, **sampled).checked()
         value, gradient = loss_and_gradient(make_model(), mine, packed.batch(0), sampler, key=jax.random.key(3))
         assert np.isfinite(value)
         for path, leaf in gradient.items():
