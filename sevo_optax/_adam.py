@@ -19,7 +19,7 @@ class ScaleByAdamCorrectedState(NamedTuple):
       nu: second moments, like the parameters.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     mu: optax.Updates
     nu: optax.Updates
 
@@ -150,7 +150,7 @@ def _scale_by_adam_corrected(
         # At the first step there is no past to estimate from: the moments are zero, whatever they are multiplied with.
         last = jnp.maximum(state.count, 1)
 
-        def where_idle(tree: Any, previous: optax.Updates, factor: jax.Array) -> Any:
+        def where_idle(tree: Any, previous: optax.Updates, factor: jax.typing.ArrayLike) -> Any:
             out, old = treedef.flatten_up_to(tree), treedef.flatten_up_to(previous)
             for i, rest in idle.items():
                 out[i] = jnp.where(rest, (factor * old[i]).astype(out[i].dtype), out[i])

@@ -27,7 +27,7 @@ class SEvoState(NamedTuple):
         which solve nothing. ``optax.tree.get(state, "residual")`` finds it in the state of a chain.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     graph: CSR
     residual: jax.Array | None = None
 
@@ -202,15 +202,15 @@ def state_axes(state: optax.OptState, axis: int = 0) -> Any:
       >>> updates.shape, state[1].graph.data.shape
       ((5, 2, 8), (2,))
     """
-    return jax.tree.map(
-        lambda leaf: (
-            SEvoState(axis, CSR(None, None, None), None if leaf.residual is None else axis)
-            if isinstance(leaf, SEvoState)
-            else axis
-        ),
-        state,
-        is_leaf=lambda leaf: isinstance(leaf, SEvoState),
-    )
+
+    def axes(leaf: Any) -> Any:
+        if not isinstance(leaf, SEvoState):
+            return axis
+        whole: Any = None
+        own: Any = axis
+        return SEvoState(own, CSR(whole, whole, whole), whole if leaf.residual is None else own)
+
+    return jax.tree.map(axes, state, is_leaf=lambda leaf: isinstance(leaf, SEvoState))
 
 
 def without_graphs(state: optax.OptState) -> Any:

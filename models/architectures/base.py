@@ -204,7 +204,7 @@ class SequenceRecommender(Recommender):
     def from_config(cls, config: SequenceConfig, *, num_users: int, num_items: int, rngs: nnx.Rngs) -> Self:
         """A freshly initialised model, see :meth:`Recommender.from_config`."""
         del num_users
-        return cls(num_items, **options_of(cls, config), rngs=rngs)
+        return cls(num_items, **options_of(cls, config), rngs=rngs)  # type: ignore[call-arg]  # each model has its own
 
     def items(self, represented: Any = None) -> tuple[jax.Array, jax.Array]:
         """The item table and no bias."""

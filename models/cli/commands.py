@@ -103,7 +103,7 @@ class Recommend:
             mine = None if candidates is None else [candidates.get(user, []) for user in self.users]
             found = zip(self.users, recommender.recommend_to_users(self.users, **options, candidates=mine), strict=True)
         elif self.histories is None:
-            (recommendation,) = recommend([self.history])
+            (recommendation,) = recommend([self.history])  # type: ignore[call-arg]  # mypy fills in the wrong ones
             if len(recommendation.unknown) == len(set(self.history)):
                 raise ValueError(
                     f"history: {self.checkpoint} knows none of {_some(recommendation.unknown)}; "

@@ -75,7 +75,7 @@ class PublishedFile(TypedDict):
     label: NotRequired[str]
     arm: NotRequired[Optimizer]
     settings: NotRequired[dict[str, Any]]
-    metrics: NotRequired[dict[Literal[METRICS], float]]
+    metrics: NotRequired[dict[Literal[METRICS], float]]  # type: ignore[valid-type]  # a tuple, which pydantic takes
     runs: NotRequired[Annotated[list[float], Field(min_length=2)]]
     num_runs: NotRequired[AtLeastOne]
     deviation: NotRequired[Annotated[float, Field(ge=0)]]

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sevo_optax import sevo, sevo_adamw, smooth, smoothness, state_axes
+from tests.jax_names import set_mesh
 from tests.sevo_optax import reference
 
 NODES, DIM = 40, 8
@@ -77,7 +78,7 @@ def check_every_sharding_gives_the_same_numbers():
             updates, _ = tx.update(x, state)
             assert_close(updates, expected)
             assert updates.sharding.is_equivalent_to(x.sharding, 2)
-            with jax.set_mesh(mesh_of(kind)):
+            with set_mesh(mesh_of(kind)):
                 assert_close(tx.update(x, state)[0], expected)
             assert_close(smoothness(x, WEIGHTS), smoothness(X, WEIGHTS))
 
