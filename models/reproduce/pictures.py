@@ -77,11 +77,12 @@ def _draw_lines(found: TableCells, path: Path) -> bool:
     for over in found.table.picture.over:
         for dataset in found.table.datasets:
             rows = [row for row in found.rows if row.row.dataset == dataset and over in row.row.vary]
-            if any(row.summaries for row in rows):
-                panels.append(_values_panel(rows, over, dataset))
-    if panels:
+            panel = _values_panel(rows, over, dataset)
+            if panel.lines or panel.published:
+                panels.append(panel)
+    if panels and found.trained:
         plots.panels(panels, path, title=found.table.title)
-    return bool(panels)
+    return bool(panels and found.trained)
 
 
 def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Panel:
@@ -188,20 +189,19 @@ def _draw_gains(found: TableCells, path: Path) -> bool:
     panels: dict[str, list[plots.Bar]] = {}
     for base in ("adam", "adamw"):
         gains = {(x.subject, x.arm, tuple(x.settings.items())): x for x in average_gains(found.rows, base)}
-        if all(x.gain is None for x in gains.values()):
-            continue
         panels[f"over {base}"] = [
             plots.Bar(
-                ", ".join([key[0], *(f"{name} {value}" for name, value in key[2])]),
+                ", ".join([key[0], *(f"{name} {value}" for name, value in key[2])])
+                + (" †" if key in gains and gains[key].short else ""),
                 plots.PALETTE[i % 2],
                 gains[key].gain if key in gains else None,
                 published=value if base == "adam" else None,
             )
             for i, (key, value) in enumerate(published.items())
         ]
-    if panels:
+    if found.trained:
         plots.bars(panels, path, ylabel="average gain", title=found.table.title, percent=True)
-    return bool(panels)
+    return bool(found.trained)
 
 
 def _draw_times(found: TableCells, path: Path) -> bool:

@@ -259,7 +259,7 @@ def _times_parts(found: TableCells) -> list[str]:
             ours = [NONE] * 4
             if summary is not None:
                 ours = [str(summary.family.config().epochs), f"{summary.epoch_seconds:.2f}"]
-                ours += [f"{summary.epoch_seconds * summary.family.config().epochs:,.0f}"]
+                ours += [f"{summary.training_seconds:,.0f}"]
                 inference = summary.inference_seconds
                 ours += [NONE if inference is None else f"{inference:.2f}"]
             published = [f"{theirs[name]:,g}" if name in theirs else NONE for name in ("training", "inference")]

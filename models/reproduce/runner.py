@@ -22,8 +22,6 @@ from models.reproduce.tables import PLAIN, Dataset, Family, Table
 from models.training.files import read_history
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from models.training.prepare import Prepared
     from models.training.run import Result
 
@@ -200,7 +198,7 @@ def train(jobs: Sequence[Job]) -> None:
                 results = error.results if isinstance(error, loop.DivergedError) else [None] * len(claimed)
             for job, result in zip(claimed, results, strict=True):
                 if result is not None:
-                    _write_cell(job, result, prepared.interactions.item_ids)
+                    _write_cell(job, result, prepared)
     if failed:
         raise ValueError(f"{', '.join(failed)} failed, see above; the other cells are there")
 
@@ -232,7 +230,7 @@ def _without_strengths(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, seed=0, beta=0.0, num_layers=1, optimizer="adamw", smoothing="neumann", **usual)
 
 
-def _write_cell(job: Job, result: "Result", item_ids: "np.ndarray") -> None:
+def _write_cell(job: Job, result: "Result", prepared: "Prepared") -> None:
     import flax
     import jax
     import optax
@@ -250,7 +248,7 @@ def _write_cell(job: Job, result: "Result", item_ids: "np.ndarray") -> None:
     if job.config.to_dict().get("keep_epochs"):
         from models.reproduce.maps import make_maps
 
-        make_maps(job.folder, job.config, item_ids).write(job.path.with_suffix(".npz"))
+        make_maps(job.folder, job.config, prepared.interactions.item_ids).write(job.path.with_suffix(".npz"))
     cell.write(job.path)
     print(f"{job.path}: NDCG@10 {cell.test['NDCG@10']:.4f} at epoch {cell.best_epoch}", flush=True)
 

@@ -62,8 +62,8 @@ class Summary:
 
     @property
     def training_seconds(self) -> float:
-        """Mean seconds of all epochs together, without evaluation."""
-        return statistics.fmean(cell.epoch_seconds * cell.epochs for cell in self.cells)
+        """Mean seconds of an epoch times the epochs of the settings, without evaluation."""
+        return self.epoch_seconds * self.family.config().epochs
 
     @property
     def inference_seconds(self) -> float | None:
