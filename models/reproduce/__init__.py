@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Train what is missing of a published table or figure, and write the report. May be killed and started again."""
+    """Train what is missing of a table or figure, and write the report. May be killed and started again at any time."""
 
     table: str | None = None
     """3, 4, 5: the paper's tables. cross-entropy, one-line: our own questions. Or a YAML file like these. (Left out: 3,

@@ -16,14 +16,17 @@ import models.training.training_data
 from models import plots
 from models.__main__ import main
 from models.data import load_interactions
-from models.reproduce import Reproduce, runner
-from models.reproduce.cells import Cell, cell_path, portable
+from models.reproduce import Reproduce, maps, runner
+from models.reproduce.cells import Cell, Cells, cell_path, identity_of, portable
+from models.reproduce.claims import Verdict, claim_lines
 from models.reproduce.report import write_report
+from models.reproduce.summaries import TableCells, average_gains
 from models.reproduce.tables import METRICS, load_table, table_names
 from models.training import compare, loop
 from models.training.files import read_history, write_text
 from models.training.training_data import make_training_data
 
+DRAWING = ("training_curves", "panels", "bars", "maps")
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
 PRESET = """
 model: sasrec
@@ -73,7 +76,10 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "preset.yaml").write_text(PRESET)
     (tmp_path / "tiny.yaml").write_text(TABLE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "training_curves", lambda runs, path, **_: path.write_text("drawn"))
+    for name in DRAWING:
+        monkeypatch.setattr(
+            plots, name, lambda what, *more, **_: next(x for x in more if isinstance(x, Path)).write_text("drawn")
+        )
     return tmp_path
 
 
@@ -312,7 +318,7 @@ class TestFolders:
 
     @pytest.fixture
     def config(self, folder):
-        return load_table("tiny.yaml").rows[0].families[1].config(data=Path("tiny.txt"))
+        return load_table("tiny.yaml").rows[0].groups[1].config(data=Path("tiny.txt"))
 
     @staticmethod
     def write_run(place, config, *, optimizer="sevo-adamw", epochs=1, without=(), **settings):
@@ -437,10 +443,10 @@ def test_real_training(folder, one_row):
     """A cell holds what training alone gives, also after it was trained in two parts."""
     reproduce(seeds=1, epochs=1, arms=("sevo-adamw",))
     reproduce(seeds=1, arms=("sevo-adamw",))
-    family = load_table("tiny.yaml").rows[0].families[1]
-    config = family.config(data="tiny.txt")
+    group = load_table("tiny.yaml").rows[0].groups[1]
+    config = group.config(data="tiny.txt")
     direct = loop.train(make_training_data(load_interactions(config), config), config, "sevo-adamw", folder / "direct")
-    cell = Cell.read(cell_path(Path("results"), "tiny", family, 0))
+    cell = Cell.read(cell_path(Path("results"), "tiny", group, 0))
     assert (cell.variant, cell.arm, cell.settings) == ("bce", "sevo-adamw", {})
     assert cell.test == pytest.approx(direct.test, abs=1e-6)
     assert cell.best_epoch == direct.best_epoch
@@ -510,8 +516,8 @@ class TestReport:
 
     def test_numbers(self, results):
         adamw, sevo = (
-            [invented(family.config(), family.arm, seed).test for seed in range(seeds)]
-            for family, seeds in zip(load_table("tiny.yaml").rows[0].families, (4, 3), strict=True)
+            [invented(group.config(), group.arm, seed).test for seed in range(seeds)]
+            for group, seeds in zip(load_table("tiny.yaml").rows[0].groups, (4, 3), strict=True)
         )
         ndcg = {name: [x["NDCG@10"] for x in tests] for name, tests in (("adamw", adamw), ("sevo", sevo))}
         mean, sd = np.mean(ndcg["sevo"]), np.std(ndcg["sevo"], ddof=1)
@@ -541,9 +547,9 @@ class TestReport:
         assert self.lines(results, "| someone else")[0][5] == "0.4000 ± 0.0100"
 
     def test_the_best_of_what_is_varied_is_chosen_on_validation(self, results):
-        families = load_table("tiny.yaml").rows[1].families[1:]
+        groups = load_table("tiny.yaml").rows[1].groups[1:]
         best = max(
-            families, key=lambda x: np.mean([invented(x.config(), x.arm, i).validation["NDCG@10"] for i in range(3)])
+            groups, key=lambda x: np.mean([invented(x.config(), x.arm, i).validation["NDCG@10"] for i in range(3)])
         )
         text = (results / "README.md").read_text()
         assert f"**sevo-adamw (beta {best.settings['beta']})**" in text
@@ -617,8 +623,8 @@ class TestReport:
 @pytest.mark.parametrize("name", table_names())
 def test_tables_can_be_trained(name):
     table = load_table(name)
-    paths = [cell_path(Path(), table.name, family, 0) for row in table.rows for family in row.families]
-    assert len(set(paths)) == len(paths) >= 7
+    paths = [cell_path(Path(), table.name, group, 0) for row in table.rows for group in row.groups]
+    assert len(set(paths)) == len(paths) >= 3
 
 
 def test_the_published_figures():
@@ -675,7 +681,7 @@ def test_the_settings_of_plain_adam_are_those_behind_the_table():
             continue
         x = settings[row.dataset, row.subject.partition(" ")[0]]
         arm = row.arms[0]
-        config = next(family for family in row.families if family.arm == arm).config()
+        config = next(group for group in row.groups if group.arm == arm).config()
         assert (arm, config.learning_rate, config.epochs, config.batch_size, config.b1, config.b2) == (
             x["optimizer"],
             *(kind(x[name]) for name, kind in [("lr", float), ("epochs", int), ("batch_size", int)]),
@@ -709,7 +715,7 @@ def test_the_settings_of_plain_adam_are_those_behind_the_table():
             "    dataset: big\n    preset",
             "rows 1: dataset must be one of tiny, got 'big'",
         ),
-        ("preset: preset.yaml", "preset: sasrec", "preset: 'sasrec' does not exist; give one of bert4rec-beauty"),
+        ("preset: preset.yaml", "preset: sasrec", "preset: 'sasrec' does not exist; give one of bert4rec-adam-beauty"),
         ("{loss: ce}", "{los: ce}", "rows 2: settings: unknown field 'los'; did you mean 'loss'?"),
         ("{loss: ce}", "{dropout_rate: 2}", "rows 2: dropout_rate must lie in [0, 1), got 2.0"),
         ("{loss: ce}", "{}", "two rows are called tiny-sasrec-bce"),
@@ -729,7 +735,11 @@ def test_the_settings_of_plain_adam_are_those_behind_the_table():
         ("deviation: 0.01", "deviation: -1", "published 1: deviation should be greater than or equal to 0, got -1"),
         ("        num_runs: 5", "", "rows 2: published 1: num_runs is missing"),
         ("rows:\n", "rows:\n  - 3\n", "rows 1 should be a mapping, got 3"),
-        ("{file: tiny.txt,", "{path: tiny.txt,", "datasets: tiny: unknown field 'path'; the fields are file, public"),
+        (
+            "{file: tiny.txt,",
+            "{path: tiny.txt,",
+            "datasets: tiny: unknown field 'path'; the fields are attributes, file, public",
+        ),
         ("public: {data: ml-100k}", "public: ml-100k", "datasets: tiny: public should be a mapping, got 'ml-100k'"),
         ("  tiny: {file: tiny.txt, public: {data: ml-100k}}", "  - tiny", "datasets should be a mapping, got ['tiny']"),
         (TABLE, "rows: [", "is not YAML"),
@@ -791,3 +801,311 @@ class TestCommandLine:
 def test_write_report_needs_cells(tmp_path):
     with pytest.raises(ValueError, match="holds no cells"):
         write_report(tmp_path, [load_table("3")])
+
+
+FIGURE = """
+title: A tiny figure
+description: Strengths.
+label: paper
+datasets:
+  tiny: {file: tiny.txt, public: {data: ml-100k}}
+arms: [adamw, sevo-adamw]
+picture: {kind: lines, over: [beta]}
+rows:
+  - title: SASRec on tiny
+    dataset: tiny
+    preset: preset.yaml
+    vary: {smoothing: [neumann, iterative], beta: [0.0, 0.99]}
+    published:
+      - {arm: sevo-adamw, settings: {smoothing: neumann, beta: 0.99}, metrics: {NDCG@10: 0.33}}
+"""
+
+
+class TestSharing:
+    """A run that several tables want is trained once."""
+
+    @pytest.fixture
+    def figure(self, folder):
+        (folder / "figure.yaml").write_text(FIGURE)
+
+    def test_across_tables(self, figure, trained, capsys):
+        reproduce(seeds=1, arms=("adamw", "sevo-adamw"))
+        before = len(trained)
+        reproduce(table="figure.yaml", seeds=1)
+        # AdamW and Neumann at 0.99 are the other table's; at beta 0 both methods are the same run.
+        assert trained[before:] == [("bce", 0.0, "sevo-adamw", 0), ("bce", 0.99, "sevo-adamw", 0)]
+        assert sorted(path.stem for path in Path("results/figure").glob("*.json")) == [
+            "tiny-sasrec-bce-sevo-adamw-smoothingiterative-beta0.99-seed0",
+            "tiny-sasrec-bce-sevo-adamw-smoothingneumann-beta0.0-seed0",
+        ]
+        reproduce(table="figure.yaml", seeds=1)
+        assert len(trained) == before + 2
+        found = Cells(Path("results"))
+        assert all(len(found.of("figure", x)) == 1 for x in load_table("figure.yaml").rows[0].groups)
+
+    def test_a_short_run_of_another_table_goes_on_there(self, figure, trained):
+        reproduce(seeds=1, epochs=1, arms=("adamw",))
+        reproduce(table="figure.yaml", seeds=1, arms=("adamw",))
+        assert not Path("results/figure").exists()
+        assert Cell.read(Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")).epochs == 2
+
+    def test_what_counts(self, figure):
+        neumann = load_table("figure.yaml").rows[0].groups[2]
+        assert neumann.settings == {"smoothing": "neumann", "beta": 0.99}
+        usual = neumann.config()
+
+        def same(arm="sevo-adamw", **settings):
+            return identity_of(dataclasses.replace(usual, **settings), arm) == identity_of(usual, arm)
+
+        assert same(diagnostics=True, epochs=7, seed=3, graph_weighting="frequency")
+        assert not same(graph_weighting="frequency", max_hops=2)
+        assert not same(max_hops=2)
+        assert not same(moment_correction=False, beta=0.0)
+        assert not same(learning_rate=0.5)
+        assert same("adamw", beta=0.1, max_hops=2, moment_correction=False)
+
+    def test_other_data_and_missing_diagnostics_are_not_shared(self, figure, trained):
+        reproduce(seeds=1, arms=("sevo-adamw",))
+        group = load_table("figure.yaml").rows[0].groups[2]
+        config, found = group.config(data=Path("tiny.txt")), Cells(Path("results"))
+        assert found.shared(group, config) is not None
+        for other in [
+            {"data": Path("else.txt")},
+            {"diagnostics": True},
+            {"seed": 1},
+            {"epochs": 9},
+            {"keep_epochs": (1,)},
+        ]:
+            assert found.shared(group, dataclasses.replace(config, **other)) is None
+
+    def test_published_figures_are_for_settings(self, figure):
+        groups = load_table("figure.yaml").rows[0].groups
+        assert [x.published.metrics if x.published else None for x in groups[1:]] == [
+            None,
+            {"NDCG@10": 0.33},
+            None,
+            None,
+        ]
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            (
+                "beta: 0.99}, metrics",
+                "beta: 0.7}, metrics",
+                "settings: beta must be a value that the row varies, got 0.7",
+            ),
+            ("over: [beta]", "over: [max_hops]", "over must name one setting that SASRec on tiny varies, got max_hops"),
+            ("kind: lines", "kind: pies", "picture: kind should be 'curves'"),
+            ("    preset: preset.yaml\n", "", "preset is missing; give a preset, or the model"),
+            ("rows:", "include: [more.yaml]\nrows:", "include: more.yaml does not exist"),
+        ],
+    )
+    def test_bad_figures(self, figure, old, new, message):
+        Path("figure.yaml").write_text(FIGURE.replace(old, new))
+        with pytest.raises(ValueError) as caught:
+            load_table("figure.yaml")
+        assert message in str(caught.value)
+
+
+class TestRevisions:
+    @pytest.fixture
+    def outdated(self, folder, trained):
+        Path("tiny.yaml").write_text(
+            TABLE.replace("[adamw, sevo-adamw]", "[adamw, sevo-gradient]").replace(
+                "arm: sevo-adamw", "arm: sevo-gradient"
+            )
+        )
+        reproduce(seeds=2)
+        path = Path("results/tiny/tiny-sasrec-bce-sevo-gradient-seed0.json")
+        dataclasses.replace(Cell.read(path), revision=1).write(path)
+        return path
+
+    def test_cells_of_an_earlier_revision_are_trained_again(self, outdated, trained):
+        before = len(trained)
+        reproduce(seeds=2)
+        assert trained[before:] == [("bce", 0.99, "sevo-gradient", 0)]
+        assert Cell.read(outdated).outdated is None
+
+    def test_their_runs_do_not_go_on(self, outdated):
+        (job,), _ = plan(data_dir=Path(), seeds=2)
+        assert "-revision2-" in job.folder.name
+
+    def test_they_are_marked_and_not_mixed(self, outdated):
+        reproduce(report=True)
+        assert "‡" not in Path("results/README.md").read_text()  # the second seed alone
+        outdated.with_name(outdated.name.replace("seed0", "seed1")).unlink()
+        reproduce(report=True)
+        text = Path("results/README.md").read_text()
+        assert "sevo-gradient ‡" in text
+        assert "in which sevo-gradient corrected the moments of all tables" in text
+
+
+class TestStatus:
+    def test_list(self, folder, trained, capsys):
+        reproduce(seeds=1, arms=("adamw",))
+        capsys.readouterr()
+        reproduce(list=True, seeds=2)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split() for line in lines if line.startswith("tiny ")] == [
+            ["tiny", "2", "of", "10", "A", "tiny", "table"]
+        ]
+        assert {line.split()[0] for line in lines[1:]} == {*table_names(), "tiny"}
+        assert len(trained) == 2
+
+    def test_dry_run(self, folder, trained, capsys):
+        reproduce(seeds=1, arms=("adamw",))
+        before = sorted(Path("results").rglob("*"))
+        capsys.readouterr()
+        reproduce(dry_run=True, seeds=2)
+        out = [line.split() for line in capsys.readouterr().out.splitlines()]
+        # An epoch took 3 s, and the whole run of two epochs 90: 15 times as long.
+        assert ["tiny-sasrec-bce-adamw", "1", "2", "90", "s"] in out
+        assert ["tiny-sasrec-ce-sevo-adamw-beta0.5", "0,", "1", "2", "90", "s"] in out
+        assert len(trained) == 2
+        assert sorted(Path("results").rglob("*")) == before
+
+    def test_what_is_not_known(self, folder, capsys):
+        reproduce(dry_run=True, seeds=1)
+        assert "0 runs, about 0 s; and 5 of which the time is not known" in capsys.readouterr().out
+
+    def test_table_or_figure(self):
+        with pytest.raises(ValueError, match="table and figure exclude each other, got 3 and 4a"):
+            Reproduce(table="3", figure="4a").run()
+        with pytest.raises(ValueError, match="table: 'figure-9' does not exist"):
+            Reproduce(figure="9").run()
+
+
+CLOSED = """
+title: Closed forms
+description: Nothing is trained.
+label: paper
+datasets:
+  tiny: {file: tiny.txt, attributes: genres.tsv, public: {data: ml-100k}}
+arms: [closed-form]
+rows:
+  - {title: Popularity on tiny, dataset: tiny, model: popularity}
+  - {title: Item-kNN on tiny, dataset: tiny, model: item-knn}
+"""
+
+
+def test_closed_forms_have_one_seed_and_no_epochs(folder):
+    Path("closed.yaml").write_text(CLOSED)
+    reproduce(table="closed.yaml", seeds=3, epochs=7)
+    found = sorted(path.name for path in Path("results/closed").iterdir())
+    assert found == ["tiny-item-knn-closed-form-seed0.json", "tiny-popularity-closed-form-seed0.json"]
+    text = Path("results/README.md").read_text()
+    assert "### Popularity on tiny" in text
+    assert not list(Path("results").glob("closed*.png"))
+
+
+MAPS = """
+title: Maps
+description: Where items are.
+label: paper
+datasets:
+  tiny: {file: tiny.txt, attributes: genres.tsv, public: {data: ml-100k}}
+arms: [sevo-adamw]
+seeds: 1
+picture: {kind: maps, over: [beta], groups: {loud: [Action, Crime], quiet: [Drama]}}
+rows:
+  - title: SASRec on tiny
+    dataset: tiny
+    preset: preset.yaml
+    settings: {graph: [attributes], keep_epochs: [0, 2], diagnostics: true}
+    vary: {beta: [0.9]}
+"""
+
+
+def test_maps_of_a_run(folder, monkeypatch):
+    """Item tables are kept before and after training, projected when it is over, and drawn from the results alone."""
+    Path("maps.yaml").write_text(MAPS)
+    lines = [f"{i}\t{'Drama|Crime' if i % 2 else 'Action'}" for i in range(1, 20)]
+    Path("genres.tsv").write_text("item_id\tgenres\n" + "\n".join(lines) + "\n")
+    monkeypatch.setattr(maps, "project", lambda table: table[:, :2])
+    monkeypatch.setattr(runner, "umap_class", lambda: None)
+    reproduce(table="maps.yaml", seeds=2)
+    (path,) = Path("results/maps").glob("*.npz")
+    found = maps.Maps.read(path)
+    assert found.attributes == ("Action", "Crime", "Drama")
+    assert found.first.tolist() == [2, 0] * 9 + [2, -1]
+    (run,) = Path("runs/reproduce/maps").glob("*-seed0-*/")
+    assert sorted(x.name for x in (run / "embeddings").iterdir()) == ["0.npz", "2.npz"]
+    best = load_params(run, "last")
+    np.testing.assert_allclose(found.places[2], best["item_embedding"][1:21, :2], atol=1e-3)
+    assert not np.allclose(found.places[0], found.places[2], atol=1e-3)
+    assert Path("results/maps.png").read_text() == "drawn"
+    cell = Cell.read(path.with_suffix(".json"))
+    assert cell.config["attributes"] == "genres.tsv"
+    assert cell.inference_seconds > 0
+    assert {"item_embedding/embedding energy", "item_embedding/raw update energy"} <= set(
+        cell.history[0]["diagnostics"]
+    )
+
+
+def load_params(run, which):
+    from models.training.checkpoints import load_run
+
+    model = load_run(run, which).model
+    return {"item_embedding": np.asarray(model.item_embedding.embedding[...])}
+
+
+class TestClaims:
+    def test_verdicts(self):
+        assert Verdict([], []).text(complete=False) == "not decided"
+        assert Verdict([True, True], []).text(complete=True) == "holds"
+        assert Verdict([True], []).text(complete=False) == "holds so far"
+        assert Verdict([False], []).text(complete=True) == "does not hold"
+        assert Verdict([True, False], []).text(complete=True) == "holds in 1 of 2"
+
+    def test_of_invented_cells(self, folder):
+        """Cells in which L = 3 is best on Beauty and L = 5 on ML-1M, and smoothing costs 10%."""
+        for table, values in {
+            "table-4": {("beauty", 3): 0.05, ("ml-1m", 5): 0.05},
+            "figure-3": {},
+        }.items():
+            for row in load_table(table).rows:
+                for group in row.groups:
+                    config = group.config(data=Path("x.txt"))
+                    score = values.get((row.dataset, group.settings.get("num_layers")), 0.03)
+                    result = dataclasses.asdict(invented(config, group.arm, 0))
+                    result |= {"test": dict.fromkeys(METRICS, score), "best_epoch": config.epochs}
+                    result |= {"epoch_seconds": 1.1 if group.arm == "sevo-adamw" else 1.0}
+                    history = [{"epoch": i, "loss": 1.0} for i in range(1, config.epochs + 1)]
+                    cell = Cell.from_result(table, group, config, result, history, versions={})
+                    cell.write(cell_path(Path("results"), table, group, 0))
+        found = Cells(Path("results"))
+        tables = {name: TableCells.of(load_table(name), found) for name in table_names()}
+        lines = {line[0]: line[1:] for line in claim_lines(tables)}
+        assert lines["L = 3 is best"][0] == "holds in 1 of 2"
+        assert "beauty: best at L = 3 (0.0500; L = 3: 0.0500)" in lines["L = 3 is best"][1]
+        overhead = lines["The overhead is negligible (at most 25% more an epoch)"]
+        assert overhead[0] == "holds"
+        assert "SASRec +10% an epoch" in overhead[1]
+        assert lines["Genres help, but less than interactions"][0] == "not decided"
+
+    def test_average_gains(self, folder, trained):
+        reproduce(seeds=2)
+        (row, _) = TableCells.of(load_table("tiny.yaml"), Cells(Path("results"))).rows
+        (gain,) = average_gains([row], "adamw")
+        tests = [[invented(x.config(), x.arm, seed).test for seed in (0, 1)] for x in row.row.groups]
+        means = [{m: np.mean([test[m] for test in arm]) for m in METRICS} for arm in tests]
+        assert gain.gain == pytest.approx(np.mean([means[1][m] / means[0][m] - 1 for m in METRICS]), abs=1e-4)
+        assert (gain.subject, gain.datasets, gain.short) == ("SASRec", ("tiny",), False)
+
+
+def test_every_kind_of_picture(tmp_path):
+    panel = plots.Panel("a", "beta", "y", [plots.Line("x", None, [0.5, 0.99], [1.0, 2.0], [0.1, 0.1])], categories=True)
+    plots.panels(
+        [panel._replace(published=[plots.Line("x", None, [0.5], [1.5])], levels=[("adamw", 1.0)])] * 3,
+        tmp_path / "a.png",
+    )
+    plots.bars(
+        {"one": [plots.Bar("b", None, 1.0, 0.1, 2.0), plots.Bar("c", None, None)]},
+        tmp_path / "b.png",
+        ylabel="y",
+        log=True,
+    )
+    plots.maps({"r": {"c": np.zeros((3, 2), np.float16)}}, np.array([0, 1, -1]), ["g", "h"], tmp_path / "c.png")
+    for name in "abc":
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
