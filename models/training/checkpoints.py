@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -404,8 +405,14 @@ class Checkpoints:
                 self._remove(number)
 
     def _remove_unfinished(self) -> None:
-        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+        # What Orbax has begun to write and given up may still appear while its folder is removed.
+        for _ in range(50):
+            unfinished = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+            if not unfinished:
+                return
+            for path in unfinished:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.02)
 
     def _remove(self, epoch: int) -> None:
         shutil.rmtree(self._folder(epoch))
@@ -426,7 +433,9 @@ def _system_reason(error: Exception) -> str:
     """Why files cannot be read or written. TensorStore says it behind several lines of paths and options."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
     found = [os.strerror(code) for code in codes if os.strerror(code) in str(error)]
-    return found[0] if found else _reason(error)
+    if found:
+        return found[0]
+    return "files of it are missing" if str(error).startswith("NOT_FOUND") else _reason(error)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
-from models.config import TrainConfig
+from models.architectures.registry import make_config
 from models.data import Interactions, drifting_interests
 from models.files import LOCK, claim
 from models.training import checkpoints, loop, run
@@ -26,7 +26,7 @@ from tests.models.saved_runs import ToyProgram, save_run, small_data
 from tests.models.test_files import small_files
 
 ROOT = Path(__file__).parents[2]
-CONFIG = TrainConfig(max_length=8, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1).resolved()
+CONFIG = make_config(max_length=8, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_a_model_of_the_first_format_is_loaded(tmp_path):
     for one, two in zip(flat(found.model), flat(wanted.model), strict=True):
         np.testing.assert_array_equal(one, two)
     shutil.rmtree(old / "checkpoints" / "2" / "state" / "d")
-    with pytest.raises(CheckpointError, match=r"checkpoints/2 cannot be read"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 cannot be read \(files of it are missing\)"):
         load_run(old)
 
 
@@ -316,7 +316,7 @@ class TestDamage:
         save = Checkpoints.save
 
         def full(self, checkpoint):
-            with small_files() if checkpoint.epoch == 4 else contextlib.nullcontext():
+            with small_files(100) if checkpoint.epoch == 4 else contextlib.nullcontext():
                 save(self, checkpoint)
 
         monkeypatch.setattr(Checkpoints, "save", full)
@@ -422,7 +422,7 @@ def file(timed, tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(file, tmp_path_factory):
     """The folder of a run on that file."""
-    return save_run(tmp_path_factory.mktemp("run"), TrainConfig(data=file).load_interactions(), data=file)
+    return save_run(tmp_path_factory.mktemp("run"), make_config(data=file).load_interactions(), data=file)
 
 
 class TestOverlap:
