@@ -103,7 +103,7 @@ def trained(monkeypatch):
         return results
 
     monkeypatch.setattr(loop, "train_seeds", train_seeds)
-    monkeypatch.setattr(models.training.training_data, "prepare", lambda interactions, config: None)
+    monkeypatch.setattr(models.training.training_data, "make_training_data", lambda interactions, config: None)
     return calls
 
 

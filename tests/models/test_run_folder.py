@@ -15,7 +15,8 @@ import pytest
 
 from models.__main__ import main
 from models.architectures.registry import make_config
-from models.data import Interactions, drifting_interests
+from models.config import SourceConfig
+from models.data import Interactions, drifting_interests, load_interactions, split_interactions
 from models.files import LOCK, claim
 from models.training import checkpoints, loop, run
 from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo, fingerprint, load_run
@@ -422,7 +423,7 @@ def file(timed, tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(file, tmp_path_factory):
     """The folder of a run on that file."""
-    return save_run(tmp_path_factory.mktemp("run"), make_config(data=file).load_interactions(), data=file)
+    return save_run(tmp_path_factory.mktemp("run"), load_interactions(SourceConfig(data=file)), data=file)
 
 
 class TestOverlap:
@@ -430,9 +431,9 @@ class TestOverlap:
     def expected(saved, config):
         """Counted one by one."""
         theirs = load_run(saved).info.config
-        data = config.load_interactions()
-        train = theirs.split_interactions(data).train
-        split = config.split_interactions(data)
+        data = load_interactions(config)
+        train = split_interactions(data, theirs).train
+        split = split_interactions(data, config)
         trained = {
             (user, item) for user, items in zip(train.user_ids.tolist(), train, strict=True) for item in items.tolist()
         }
