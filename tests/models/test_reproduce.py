@@ -1018,7 +1018,7 @@ rows:
 
 
 def test_maps_of_a_run(folder, monkeypatch):
-    """Item tables are kept before and after training, projected when the run is over, and drawn from the results alone."""
+    """Item tables are kept before and after training, projected after the run, and drawn from the results alone."""
     Path("maps.yaml").write_text(MAPS)
     lines = [f"{i}\t{'Drama|Crime' if i % 2 else 'Action'}" for i in range(1, 20)]
     Path("genres.tsv").write_text("item_id\tgenres\n" + "\n".join(lines) + "\n")
