@@ -23,7 +23,7 @@ from models.data import load
 from models.objectives.losses import make_loss
 from models.objectives.objective import training_loss
 from models.training.optimizers import make_stages
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 
 
 def make_step(prepared, config, optimizer):
@@ -74,7 +74,7 @@ def main():
 
     config = make_config(options)
     interactions = load(config.data)
-    prepared = prepare(interactions, config)
+    prepared = make_training_data(interactions, config)
     print(f"{config.data.stem if config.data else 'embedded data'}: {interactions}")
     tokens = prepared.feed.num_tokens / prepared.feed.num_batches
     print(

@@ -17,7 +17,7 @@ from models.architectures.registry import make_model
 from models.compilation import jit
 from models.data import load
 from models.layers import Attention
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 from sevo_optax import sevo
 
 
@@ -79,7 +79,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     config = make_config(options)
-    prepared = prepare(load(config.data), config)
+    prepared = make_training_data(load(config.data), config)
     parts = build(prepared, config)
     step, *carry = make_step(prepared, config, "sevo-adamw")
 

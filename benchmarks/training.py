@@ -1,4 +1,4 @@
-"""Seconds an epoch: SASRec and BERT4Rec here on packed rows, against plain PyTorch on padded rows.
+"""Seconds an epoch: models here on packed rows or pairs, against plain PyTorch on padded rows, prefixes or pairs.
 
 Everything takes turns in one process: an epoch with AdamW, an epoch with SEvo, some steps of PyTorch with AdamW (from
 which its epoch is computed), and so on; ratios are medians over the rounds. With --seeds, several seeds are trained in
@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from models.architectures.registry import make_config
 from models.data import load
-from models.training.prepare import prepare
 from models.training.program import Program
+from models.training.training_data import make_training_data
 
 try:
     import torch
@@ -58,22 +58,73 @@ class Ours:
         return time.perf_counter() - start
 
 
+def rows_of(train, length):
+    """Left-padded rows of the users' newest items, and a function that draws some of them."""
+    rows = np.zeros((train.num_users, length), np.int64)
+    for row, sequence in zip(rows, train, strict=True):
+        row[length - min(length, len(sequence)) :] = sequence[-length:]
+    rows = torch.from_numpy(rows)
+    return len(rows), lambda count: (rows[torch.randint(len(rows), (count,))],)
+
+
+def torch_sasrec(config, train):
+    from torch_models import SASRec
+
+    sizes = (config.max_length, config.embedding_dim, config.num_blocks, config.num_heads, config.dropout_rate)
+    return SASRec(train.num_items, *sizes), *rows_of(train, config.max_length + 1)
+
+
+def torch_bert4rec(config, train):
+    from torch_models import BERT4Rec
+
+    sizes = (config.max_length, config.embedding_dim, config.num_blocks, config.num_heads, config.dropout_rate)
+    return BERT4Rec(train.num_items, *sizes, config.mask_probability), *rows_of(train, config.max_length)
+
+
+def torch_gru4rec(config, train):
+    from torch_models import GRU4Rec, Prefixes
+
+    sizes = (config.embedding_dim, config.hidden_dim, config.num_gru_layers, config.dropout_rate)
+    prefixes = Prefixes(train, config.max_length)
+    return (
+        GRU4Rec(train.num_items, *sizes),
+        len(prefixes),
+        lambda count: (prefixes[torch.randint(len(prefixes), (count,))],),
+    )
+
+
+def torch_stosa(config, train):
+    from torch_models import STOSA
+
+    sizes = (config.max_length, config.embedding_dim, config.num_blocks, config.num_heads, config.dropout_rate)
+    model = STOSA(train.num_items, *sizes, config.attention_dropout_rate, config.pvn_weight)
+    return model, *rows_of(train, config.max_length + 1)
+
+
+def torch_mf_bpr(config, train):
+    from torch_models import MFBPR, draw_pairs
+
+    items, offsets = torch.from_numpy(train.items.astype(np.int64)), torch.from_numpy(train.offsets)
+    model = MFBPR(train.num_users, train.num_items, config.embedding_dim)
+    return model, len(train), lambda count: draw_pairs(items, offsets, count)
+
+
+# The model, how many samples an epoch has, and what draws the arguments of its loss for a batch of some.
+TORCH = {
+    "sasrec": torch_sasrec,
+    "bert4rec": torch_bert4rec,
+    "gru4rec": torch_gru4rec,
+    "stosa": torch_stosa,
+    "mf-bpr": torch_mf_bpr,
+}
+
+
 class Torch:
-    """Trains some steps on padded rows, and multiplies."""
+    """Trains some steps of the published batching, and multiplies."""
 
     def __init__(self, prepared, config, steps):
-        from torch_models import BERT4Rec, SASRec
-
-        sizes = (config.max_length, config.embedding_dim, config.num_blocks, config.num_heads, config.dropout_rate)
-        num_items, train = prepared.interactions.num_items, prepared.split.train
-        if config.model == "sasrec":
-            self.model, length = SASRec(num_items, *sizes), config.max_length + 1
-        else:
-            self.model, length = BERT4Rec(num_items, *sizes, config.mask_probability), config.max_length
-        rows = np.zeros((train.num_users, length), np.int64)
-        for row, sequence in zip(rows, train, strict=True):
-            row[length - min(length, len(sequence)) :] = sequence[-length:]
-        self.rows, self.batch_size, self.steps = torch.from_numpy(rows), config.batch_size, steps
+        self.train, self.batch_size, self.steps = prepared.split.train, config.batch_size, steps
+        self.model, self.samples, self.arguments = TORCH[config.model](config, self.train)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
@@ -85,18 +136,17 @@ class Torch:
         """Trains, and returns the seconds of an epoch."""
         start = time.perf_counter()
         for _ in range(self.steps):
-            batch = self.rows[torch.randint(len(self.rows), (self.batch_size,))]
-            loss = self.model.loss(batch)
+            loss = self.model.loss(*self.arguments(self.batch_size))
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        return (time.perf_counter() - start) / self.steps * -(-len(self.rows) // self.batch_size)
+        return (time.perf_counter() - start) / self.steps * -(-self.samples // self.batch_size)
 
 
 def measure(model, path, options):
     """Prints the table of one model on one data set."""
     config = make_config(model, data=path, **SETTINGS.get((model, path.stem if path else ""), {}))
-    prepared = prepare(load(path), config)
+    prepared = make_training_data(load(path), config)
     arms = {"AdamW": Ours(prepared, config, "adamw"), "SEvo-AdamW": Ours(prepared, config, "sevo-adamw")}
     if options.seeds > 1:
         arms[f"SEvo-AdamW, {options.seeds} seeds"] = Ours(prepared, config, "sevo-adamw", options.seeds)
@@ -110,8 +160,7 @@ def measure(model, path, options):
             seconds[name].append(arm.seconds())
     tokens = prepared.num_tokens
     name = path.stem if path else "embedded data"
-    places = prepared.interactions.num_users * config.max_length
-    print(f"\n{model} on {name}: {tokens:,} tokens an epoch in {prepared.feed.slot.size:,} places, padded {places:,}")
+    print(f"\n{model} on {name}: {tokens:,} tokens or pairs an epoch")
     print(f"{'':<24}{'s/epoch':>9}{'tokens/s':>11}{'PyTorch/this':>14}{'this/SEvo-AdamW':>17}")
     for arm, values in seconds.items():
         against = [
@@ -125,7 +174,7 @@ def measure(model, path, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="*", default=[None], help="files 'user item item …'")
-    parser.add_argument("--models", nargs="*", default=["sasrec", "bert4rec"], choices=["sasrec", "bert4rec"])
+    parser.add_argument("--models", nargs="*", default=["sasrec", "bert4rec"], choices=list(TORCH))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--torch-steps", type=int, default=3, help="steps of PyTorch a round")
     parser.add_argument("--seeds", type=int, default=1, help="also train so many seeds in one program")

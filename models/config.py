@@ -371,7 +371,7 @@ class ClosedFormConfig(TrainConfig):
 
     optimizers: ClassVar[tuple[Optimizer, ...]] = ("closed-form",)
 
-    optimizer: Optimizer = "closed-form"
+    optimizer: Literal["closed-form"] = "closed-form"
     """closed-form: there is nothing to optimize."""
     epochs: int = 1
     """Passes over the training data: one is enough."""

@@ -1,7 +1,7 @@
 """Graphs over the rows of embedding tables, by name or from a file, and their descriptions."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import scipy.sparse
@@ -24,12 +24,19 @@ class Nodes:
     Attributes:
       adjacency: raw weights, BCOO of shape (nodes, nodes).
       node_set: what the nodes stand for.
-      groups: the tables whose rows are the nodes; each group is smoothed by itself.
+      groups: the tables that stand for the nodes; each group is smoothed by itself.
+      axes: by path, the axis of the nodes in tables where it is not the first.
     """
 
     adjacency: BCOO
     node_set: NodeSet
     groups: tuple[Group, ...]
+    axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The paths of the tables that have a row a node: those whose idle rows can be told from the gradient."""
+        return tuple(table for table in self.tables if not self.axes.get(table))
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -59,7 +66,8 @@ def smoothed_nodes(train: Interactions, config: TrainConfig, model: Recommender)
             f"graph: user-item needs a table of users, which {config.model} does not have; "
             "give item-item, attributes or a file, or a model such as mf-bpr"
         )
-    return Nodes(build_graph(train, config, model.num_special), node_set, model.node_sets[node_set])
+    adjacency = build_graph(train, config, model.num_special)
+    return Nodes(adjacency, node_set, model.node_sets[node_set], model.node_axes)
 
 
 def build_graph(interactions: Interactions, config: GraphConfig, num_special: int = 1) -> BCOO:

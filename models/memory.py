@@ -20,6 +20,8 @@ COPIES = 6
 KEPT = 3
 # Numbers a token in a block, besides attention weights, in multiples of the embedding's width.
 WIDTHS_A_BLOCK = 12
+# Numbers a token in a recurrent layer, in multiples of the state's width: three gates, the state, and a product.
+STATES_A_TOKEN = 5
 # Users scored at once in evaluations.
 USERS_AT_ONCE = 256
 NUMBER = 4  # bytes of a float32 or int32
@@ -63,6 +65,10 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
     longest = min(int(interactions.lengths.max()), max_length or sys.maxsize)
     users = min(config.batch_size, interactions.num_users)
     tokens = max(longest, users * min(len(interactions) // interactions.num_users, longest))
+    if hasattr(config, "separate_prefixes"):  # batch_size counts prefixes: one token each, or one row each
+        prefixes = min(config.batch_size, len(interactions))
+        tokens = prefixes * longest if config.separate_prefixes else max(longest, prefixes)
+    hidden, recurrent = option("hidden_dim"), option("num_gru_layers")
     stored = COPIES * NUMBER
     needs = [
         Need(f"the embeddings of {items:,} items, {dim:,} numbers each", stored * (items + 2) * dim, "embedding_dim"),
@@ -91,6 +97,14 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
             "ks",
         ),
     ]
+    if recurrent:
+        weights = 3 * hidden * (dim + (2 * recurrent - 1) * hidden)
+        most = _largest(hidden_dim=hidden, num_gru_layers=recurrent)
+        needs.append(
+            Need(f"the parameters of {recurrent:,} recurrent layers of width {hidden:,}", stored * weights, most)
+        )
+        states = NUMBER * KEPT * STATES_A_TOKEN * tokens * hidden * recurrent
+        needs.append(Need(f"the states of {tokens:,} tokens a batch, {hidden:,} numbers wide", states, most))
     if config.loss in SAMPLED_LOSSES:
         negatives = config.num_negatives
         own = " a token" if config.negatives == "per-position" else ""

@@ -19,7 +19,7 @@ class ScaleByAdamCorrectedState(NamedTuple):
       nu: second moments, like the parameters.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     mu: optax.Updates
     nu: optax.Updates
 
@@ -78,7 +78,8 @@ def scale_by_adam_corrected(
       An :class:`optax.GradientTransformationExtraArgs` with the state :class:`ScaleByAdamCorrectedState`.
 
     Raises:
-      TypeError: if ``tables`` is not a path, a tuple of paths or None, or ``node_axis`` no integer.
+      TypeError: if ``tables`` is not a path, a tuple of paths or None, ``node_axis`` no integer, or a table has floats
+        of eight bits.
       ValueError: if a path names no leaf or several, ``tables`` is None for a tree of several arrays, or ``node_axis``
         is no axis of a table. The message lists the leaves.
 
@@ -149,7 +150,7 @@ def _scale_by_adam_corrected(
         # At the first step there is no past to estimate from: the moments are zero, whatever they are multiplied with.
         last = jnp.maximum(state.count, 1)
 
-        def where_idle(tree: Any, previous: optax.Updates, factor: jax.Array) -> Any:
+        def where_idle(tree: Any, previous: optax.Updates, factor: jax.typing.ArrayLike) -> Any:
             out, old = treedef.flatten_up_to(tree), treedef.flatten_up_to(previous)
             for i, rest in idle.items():
                 out[i] = jnp.where(rest, (factor * old[i]).astype(out[i].dtype), out[i])

@@ -141,7 +141,7 @@ def columnwise(
     explicit = [i for i, sharding in enumerate(shardings) if AxisType.Explicit in sharding.mesh.axis_types]
     if not explicit:
         return fun(leaves, *whole)
-    first = leaves[explicit[0]]
+    first: Any = leaves[explicit[0]]
     spec = shardings[explicit[0]].spec
     # A type knows an abstract mesh; outside of jit, devices are needed.
     mesh = shardings[explicit[0]].mesh if isinstance(first, jax.core.Tracer) else first.sharding.mesh
@@ -193,7 +193,7 @@ def _lower_cpu(ctx: Any, *args: Any, symmetric: bool) -> Any:
     The compiler cannot look into that kernel and would gather a sharded table around it, so where sharding is left to
     the compiler, the program keeps the form that it can split by columns.
     """
-    context = getattr(ctx.module_context, "axis_context", None)
+    context: Any = getattr(ctx.module_context, "axis_context", None)
     if hasattr(context, "manual_axes"):
         local = set(context.manual_axes) == set(context.mesh.axis_names)
     else:
@@ -267,7 +267,7 @@ def series(
     csr: CSR,
     x: jax.Array,
     beta: jax.typing.ArrayLike,
-    num_layers: jax.typing.ArrayLike,
+    num_layers: Any,
     method: Method,
     rescale: bool,
 ) -> jax.Array:

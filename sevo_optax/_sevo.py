@@ -27,7 +27,7 @@ class SEvoState(NamedTuple):
         which solve nothing. ``optax.tree.get(state, "residual")`` finds it in the state of a chain.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     graph: CSR
     residual: jax.Array | None = None
 
@@ -75,7 +75,7 @@ def sevo(
       beta: strength of the smoothing, a number in [0, 1), possibly traced, or a schedule of the step count.
       num_layers: :math:`L \ge 0`, the number of terms behind the first one.
       method: ``"neumann"``, ``"iterative"`` or ``"exact"``, see :func:`smooth`.
-      rescale: whether the Neumann series is rescaled (Eq. 7) or not (Eq. 6).
+      rescale: whether the Neumann series is rescaled (Eq. 7, Theorem 2) or not (Eq. 6, the slower curve of Figure 4a).
       normalize: whether ``adjacency`` holds raw weights. False if it is :math:`\tilde A` already.
       node_axis: which axis of the table counts the nodes: 1 for a (dim, nodes) kernel of an output layer.
 
@@ -85,10 +85,10 @@ def sevo(
       take the axes from :func:`state_axes`.
 
     Raises:
-      TypeError: if an argument or the chosen leaf has the wrong type.
+      TypeError: if an argument or the chosen leaf has the wrong type; floats of eight bits are refused.
       ValueError: if the weights are not square, symmetric, non-negative and finite, a number is out of range, a path
         names no leaf or several, or the table and the graph differ in their number of nodes. The message lists the
-        leaves.
+        leaves. ``update`` also refuses the state of another graph.
 
     Note:
       One NaN in a gradient reaches every row within :math:`L` hops of its own. :func:`optax.apply_if_finite` around the
@@ -202,15 +202,15 @@ def state_axes(state: optax.OptState, axis: int = 0) -> Any:
       >>> updates.shape, state[1].graph.data.shape
       ((5, 2, 8), (2,))
     """
-    return jax.tree.map(
-        lambda leaf: (
-            SEvoState(axis, CSR(None, None, None), None if leaf.residual is None else axis)
-            if isinstance(leaf, SEvoState)
-            else axis
-        ),
-        state,
-        is_leaf=lambda leaf: isinstance(leaf, SEvoState),
-    )
+
+    def axes(leaf: Any) -> Any:
+        if not isinstance(leaf, SEvoState):
+            return axis
+        whole: Any = None
+        own: Any = axis
+        return SEvoState(own, CSR(whole, whole, whole), whole if leaf.residual is None else own)
+
+    return jax.tree.map(axes, state, is_leaf=lambda leaf: isinstance(leaf, SEvoState))
 
 
 def without_graphs(state: optax.OptState) -> Any:

@@ -137,7 +137,7 @@ def check_axis(axis: int, position: int, leaves: Sequence[Any], names: Sequence[
 
 def refuse_float8(dtype: Any, what: str) -> None:
     """Refuses floats of eight bits and less: JAX promotes them to nothing, and no update survives their rounding."""
-    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16:
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 2:
         raise TypeError(
             f"{what} has dtype {jnp.dtype(dtype).name}; wanted float16, bfloat16, float32 or float64. "
             "Keep the parameters in bfloat16 at least and cast them where the model uses them"

@@ -119,9 +119,9 @@ def _raw_csr(adjacency: Any, name: str) -> scipy.sparse.csr_array:
         return csr
     dense = np.asarray(adjacency)
     if dense.dtype not in (np.float32, np.float64):  # SciPy knows neither half precision nor ml_dtypes
-        _require(8 * dense.size, name, shape, np.count_nonzero(dense))
+        _require(8 * dense.size, name, shape, int(np.count_nonzero(dense)))
         dense = dense.astype(np.float64)
-    entries = np.count_nonzero(dense)
+    entries = int(np.count_nonzero(dense))
     _require(dense.size + 20 * entries, name, shape, entries)
     return scipy.sparse.csr_array(dense).astype(np.float64)
 
@@ -304,7 +304,7 @@ def check_ids(values: Any, bound: int, name: str, bound_name: str, row: int = 0,
             f"Convert the ids with astype(np.int64). {hint}".rstrip()
         )
     if array.min() < 0 or array.max() >= bound:
-        bad = first((array < 0) | (array >= bound))
+        bad = int(np.argmax((array < 0) | (array >= bound)))
         message = out_of_range(f"{name}[{row + bad}]", array[bad], bound, bound_name)
         raise ValueError(f"{message} {hint}".rstrip())
     return array

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import hypothesis
-import jax
 import pytest
+
+from tests.jax_names import enable_x64
 
 # The same examples in every run, so that a failure is a change of the code; the first example pays for compiling.
 hypothesis.settings.register_profile(
@@ -20,5 +21,5 @@ hypothesis.settings.load_profile("default")
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Runs the test in double precision."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield

@@ -128,6 +128,11 @@ class Recommender(nnx.Module):
         """
         return {"items": (("item_embedding",),)}
 
+    @property
+    def node_axes(self) -> Mapping[str, int]:
+        """By path, the axis of the nodes in tables where they are no rows: 1 for a kernel (dim, nodes)."""
+        return {}
+
     def fit(self, train: Interactions, config: Any) -> None:
         """Computes the state of a model without gradients (``feed`` none) from the training part."""
         raise NotImplementedError
@@ -199,7 +204,7 @@ class SequenceRecommender(Recommender):
     def from_config(cls, config: SequenceConfig, *, num_users: int, num_items: int, rngs: nnx.Rngs) -> Self:
         """A freshly initialised model, see :meth:`Recommender.from_config`."""
         del num_users
-        return cls(num_items, **options_of(cls, config), rngs=rngs)
+        return cls(num_items, **options_of(cls, config), rngs=rngs)  # type: ignore[call-arg]  # each model has its own
 
     def items(self, represented: Any = None) -> tuple[jax.Array, jax.Array]:
         """The item table and no bias."""

@@ -10,11 +10,10 @@ from flax import nnx
 from models.architectures.base import Encoded, SequenceRecommender, look_up
 from models.config import Loss, PrefixConfig
 from models.feeds import Batch
-from models.layers import GRU, Dropout, Linear, split_keys
+from models.layers import GRU, Dropout, Linear, split_keys, symmetric_uniform
 
-# The published initialisation: tables are xavier-normal, and the dense layer keeps PyTorch's default.
+# The published initialisation; the dense layer keeps PyTorch's default.
 _xavier_normal = nnx.initializers.xavier_normal()
-_fan_in_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,9 @@ class GRU4Rec(SequenceRecommender):
 
     The network has no biases, the dense layer has. Every prefix of a training sequence is a sample. The state after an
     item does not depend on what follows, so that one pass over a sequence gives the states of all its prefixes: the
-    same loss and gradient as a pass for each, but that the prefixes share a dropout mask.
+    same loss and gradient as a pass for each, but that the prefixes share a dropout mask. Batches are then of all
+    prefixes of few users instead of a few prefixes of many, and the loss falls faster: with the settings for Beauty to
+    0.333 in 5 epochs, separate prefixes to 0.355 (one seed each).
 
     Args:
       num_items: size of the catalogue. Items are 1 … num_items; row 0 of the table is padding.
@@ -93,12 +94,8 @@ class GRU4Rec(SequenceRecommender):
         self.item_embedding = nnx.Embed(num_items + 1, embedding_dim, embedding_init=_xavier_normal, rngs=rngs)
         widths = [embedding_dim, *[hidden_dim] * (num_gru_layers - 1)]
         self.gru = nnx.List([GRU(width, hidden_dim, use_bias=False, rngs=rngs) for width in widths])
-
-        def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: object) -> jax.Array:
-            bound = hidden_dim**-0.5
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-        self.dense = Linear(hidden_dim, embedding_dim, kernel_init=_fan_in_uniform, bias_init=bias_init, rngs=rngs)
+        torch_init = symmetric_uniform(hidden_dim**-0.5)
+        self.dense = Linear(hidden_dim, embedding_dim, kernel_init=torch_init, bias_init=torch_init, rngs=rngs)
         self.dropout = Dropout(dropout_rate)
 
     def encode(

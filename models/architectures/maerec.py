@@ -18,7 +18,7 @@ from models.data import Interactions
 from models.feeds import Batch, NegativeSampler
 from models.feeds.negatives import Proposal
 from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys
-from sevo_optax import _propagate, graph
+from sevo_optax import graph, propagate
 
 NextSeeds = Literal["sums", "ends"]
 
@@ -176,11 +176,6 @@ def item_graph(train: Interactions, hops: int) -> BCOO:
     return graph.from_scipy(joined)
 
 
-def _product(edges: BCOO, x: jax.Array) -> jax.Array:
-    """The product of a symmetric matrix with (nodes, dim), whose derivative is the same product."""
-    return _propagate.propagate(_propagate.prepare(edges, x.dtype, normalize=False), x)
-
-
 def _weighted(edges: BCOO, weights: jax.Array) -> BCOO:
     return BCOO((weights, edges.indices), shape=edges.shape, indices_sorted=True, unique_indices=True)
 
@@ -188,7 +183,7 @@ def _weighted(edges: BCOO, weights: jax.Array) -> BCOO:
 @jax.custom_vjp
 def _directed_product(edges: BCOO, weights: jax.Array, mirrored: jax.Array, x: jax.Array) -> jax.Array:
     """The product of a matrix that has ``weights`` where ``edges`` has entries, and ``mirrored`` if transposed."""
-    return _product(_weighted(edges, weights), x)
+    return propagate(_weighted(edges, weights), x)
 
 
 def _directed_product_forward(edges: BCOO, weights: jax.Array, mirrored: jax.Array, x: jax.Array) -> tuple:
@@ -197,7 +192,7 @@ def _directed_product_forward(edges: BCOO, weights: jax.Array, mirrored: jax.Arr
 
 def _directed_product_backward(saved: tuple[BCOO, jax.Array], gradient: jax.Array) -> tuple:
     edges, mirrored = saved
-    return None, None, None, _product(_weighted(edges, mirrored), gradient)
+    return None, None, None, propagate(_weighted(edges, mirrored), gradient)
 
 
 _directed_product.defvjp(_directed_product_forward, _directed_product_backward)
@@ -226,10 +221,10 @@ def propagate_layers(edges: BCOO, table: jax.Array, num_layers: int, seeds: jax.
     if seeds is not None:
         kept = jnp.where(seeds[:, None], 0, kept)
     # Everybody is their own neighbour: where edges are left, the degree is at least 1.
-    scale = kept * jax.lax.rsqrt(jnp.maximum(_product(edges, kept), 1))
+    scale = kept * jax.lax.rsqrt(jnp.maximum(propagate(edges, kept), 1))
     layers = [table]
     for _ in range(num_layers):
-        layers.append(scale * _product(edges, scale * layers[-1]))
+        layers.append(scale * propagate(edges, scale * layers[-1]))
     return tuple(layers)
 
 
@@ -261,7 +256,7 @@ def similarity_to_surroundings(
     """
     ones = jnp.ones((len(table), 1), table.dtype)
     dim = table.shape[1]
-    summed, degree = jnp.split(_product(edges, jnp.concatenate([table, ones], axis=1)), [dim], axis=1)
+    summed, degree = jnp.split(propagate(edges, jnp.concatenate([table, ones], axis=1)), [dim], axis=1)
     state, count = summed - table, degree
     states, counts = state, count
     kept = jnp.ones(len(edges.indices), bool)
@@ -673,10 +668,9 @@ class MAERec(SequenceRecommender):
         # To draw what is no neighbour is to draw what a user has not seen.
         rows, columns = edges[:, 0], edges[:, 1]
         offsets = jnp.searchsorted(rows, jnp.arange(num_items + 2)).astype(jnp.int32)
-        lowered = columns - (jnp.arange(len(columns), dtype=jnp.int32) - offsets[rows])
-        strangers = NegativeSampler(
-            lowered, offsets, Proposal(None, None, None, num_items), num_items, longest=num_items
-        )
+        strangers_before = columns - 1 - (jnp.arange(len(columns), dtype=jnp.int32) - offsets[rows])
+        anybody = Proposal(None, None, None, num_items)
+        strangers = NegativeSampler(strangers_before, offsets, anybody, num_items, longest=num_items)
         drawn = strangers.sample(key, jnp.broadcast_to(nodes[:, None], shape))
         # A node that is everybody's neighbour has nothing but edges.
         lonely = offsets[nodes + 1] - offsets[nodes] >= num_items

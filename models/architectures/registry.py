@@ -7,7 +7,7 @@ from typing import Any
 from models.architectures.base import Recommender
 from models.config import TrainConfig
 
-# By name, the module and the class: imported when the model is asked for.
+# By name, the module and the class: imported when the model is asked for. A module of another package has a dot.
 MODELS: dict[str, str] = {
     "sasrec": "sasrec:SASRec",
     "bert4rec": "bert4rec:BERT4Rec",
@@ -33,7 +33,7 @@ def model_class(name: str) -> type[Recommender]:
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     module, _, attribute = MODELS[name].partition(":")
-    return getattr(importlib.import_module(f"models.architectures.{module}"), attribute)
+    return getattr(importlib.import_module(module if "." in module else f"models.architectures.{module}"), attribute)
 
 
 def make_config(model: str = DEFAULT, **options: Any) -> TrainConfig:

@@ -70,6 +70,14 @@ class STOSAConfig(TransformerConfig):
     graph_max_length: int = 100
     """item-item: how many of a user's training items the graph is built from."""
 
+    def _check(self) -> None:
+        super()._check()
+        if self.loss != "bpr" and self.pvn_weight not in (0, type(self).pvn_weight):
+            raise ValueError(
+                f"pvn_weight is not heeded by loss {self.loss}, which has no single negative, got {self.pvn_weight}; "
+                "leave it out or give --loss bpr"
+            )
+
     def _at_least_zero(self) -> tuple[str, ...]:
         return ("pvn_weight", *super()._at_least_zero())
 

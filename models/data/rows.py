@@ -283,7 +283,7 @@ def _is_rated(rows: Rows, ratings: "polars.Series", min_rating: float) -> "polar
     if not keep.any():
         raise ValueError(
             f"min_rating: no row of {rows.source.path} has a rating of at least {min_rating:g}; "
-            f"the largest in {ratings.name!r} is {numbers.max():g}"
+            f"the largest in {ratings.name!r} is {float(numbers.max()):g}"
         )
     return keep
 

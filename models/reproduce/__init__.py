@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.checks import check_numbers
 from models.config import Optimizer
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Reproduce:
 
     def run(self) -> None:
         """Trains what is missing, unless only the report is asked for, and writes the report."""
+        check_numbers(self)
         from models.reproduce.tables import load_table, table_names
 
         if self.table is not None and self.figure is not None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 from models.architectures.registry import config_from_dict
 from models.config import SourceConfig, TrainConfig
 from models.files import check_format, read_json, write_text
-from models.reproduce.tables import METRICS, PLAIN, SMOOTHING, Family
+from models.reproduce.tables import METRICS, PLAIN, SMOOTHING, SeedGroup
 from models.training.files import curve
 
 # Of a cell's JSON. Cells that say nothing are of the first format.
@@ -77,7 +77,7 @@ class Cell:
     def from_result(
         cls,
         experiment: str,
-        family: Family,
+        group: SeedGroup,
         config: TrainConfig,
         result: Mapping[str, Any],
         history: Sequence[Mapping[str, Any]],
@@ -88,7 +88,7 @@ class Cell:
 
         Args:
           experiment: the table's name.
-          family: what was trained.
+          group: what was trained.
           config: the run's configuration.
           result: the fields of its ``Result``.
           history: the records of its ``history.jsonl``.
@@ -108,11 +108,11 @@ class Cell:
         passes = [record["evaluation_seconds"] for record in history if "evaluation_seconds" in record][1:]
         return cls(
             experiment=experiment,
-            dataset=family.row.dataset,
+            dataset=group.row.dataset,
             model=config.model,
             variant=portable(config).get("loss", ""),
-            arm=family.arm,
-            settings=family.settings,
+            arm=group.arm,
+            settings=group.settings,
             seed=config.seed,
             config=portable(config),
             protocol=result["protocol"],
@@ -125,7 +125,7 @@ class Cell:
             versions=versions,
             history=records,
             inference_seconds=round(statistics.median(passes) / seeds_together, 4) if passes else None,
-            revision=REVISIONS.get(family.arm, 1),
+            revision=REVISIONS.get(group.arm, 1),
             format=FORMAT,
         )
 
@@ -175,20 +175,20 @@ class Cell:
         """What was trained, see :func:`identity_of`."""
         return _identity(_completed(self.config, self.model), self.arm)
 
-    def serves(self, family: Family, config: TrainConfig | None = None) -> bool:
-        """Whether this cell, of whatever table, is one of a family.
+    def serves(self, group: SeedGroup, config: TrainConfig | None = None) -> bool:
+        """Whether this cell, of whatever table, is one of a group.
 
         Args:
-          family: the family.
+          group: the group.
           config: the whole configuration that is wanted; None: data sources and epochs do not matter.
         """
-        wanted = family.config() if config is None else config
-        if (self.arm, self.dataset) != (family.arm, family.row.dataset) or self.outdated:
+        wanted = group.config() if config is None else config
+        if (self.arm, self.dataset) != (group.arm, group.row.dataset) or self.outdated:
             return False
         values = wanted.to_dict()
         if values.get("keep_epochs") or (values.get("diagnostics") and not self.config.get("diagnostics")):
             return False
-        if self.identity != identity_of(wanted, family.arm):
+        if self.identity != identity_of(wanted, group.arm):
             return False
         if config is None:
             return True
@@ -228,9 +228,9 @@ def defaults_of(config: TrainConfig) -> dict[str, Any]:
     return portable(type(config)())
 
 
-def cell_path(results_dir: Path, experiment: str, family: Family, seed: int) -> Path:
+def cell_path(results_dir: Path, experiment: str, group: SeedGroup, seed: int) -> Path:
     """Where a cell is kept."""
-    return results_dir / experiment / f"{family.name}-seed{seed}.json"
+    return results_dir / experiment / f"{group.name}-seed{seed}.json"
 
 
 def identity_of(config: TrainConfig, arm: str) -> str:
@@ -300,32 +300,32 @@ class Cells:
         """All cells of all tables."""
         return [cell for cells in self._by_identity.values() for _, cell in cells]
 
-    def of(self, experiment: str, family: Family) -> list[Cell]:
-        """The cells of a family that are there, by seed: the table's own, else those of other tables.
+    def of(self, experiment: str, group: SeedGroup) -> list[Cell]:
+        """The cells of a group that are there, by seed: the table's own, else those of other tables.
 
         Cells of an earlier revision of the arm are given only where there are no others: the two are not mixed.
         """
-        pattern = f"{glob.escape(family.name)}-seed*.json"
+        pattern = f"{glob.escape(group.name)}-seed*.json"
         own = {cell.seed: cell for cell in map(self.read, sorted((self.results_dir / experiment).glob(pattern)))}
         found = {seed: cell for seed, cell in own.items() if not cell.outdated}
-        for _, cell in self._by_identity.get(identity_of(family.config(), family.arm), ()):
-            if cell.seed not in found and cell.serves(family):
+        for _, cell in self._by_identity.get(identity_of(group.config(), group.arm), ()):
+            if cell.seed not in found and cell.serves(group):
                 found[cell.seed] = cell
         found = found or own
         return [found[seed] for seed in sorted(found)]
 
-    def shared(self, family: Family, config: TrainConfig) -> Path | None:
+    def shared(self, group: SeedGroup, config: TrainConfig) -> Path | None:
         """Where some table has the cell of a configuration; None: nowhere."""
-        for path, cell in self._by_identity.get(identity_of(config, family.arm), ()):
-            if cell.seed == config.seed and cell.serves(family, config):
+        for path, cell in self._by_identity.get(identity_of(config, group.arm), ()):
+            if cell.seed == config.seed and cell.serves(group, config):
                 return path
         return None
 
-    def begun(self, family: Family, config: TrainConfig) -> Path | None:
+    def begun(self, group: SeedGroup, config: TrainConfig) -> Path | None:
         """Where some table has a cell of a configuration that only lacks epochs, to be trained on; None: nowhere."""
-        for path, cell in self._by_identity.get(identity_of(config, family.arm), ()):
-            mine = (cell.seed, cell.arm, cell.outdated) == (config.seed, family.arm, None)
-            if mine and cell.dataset == family.row.dataset and cell.lacks(config) == "":
+        for path, cell in self._by_identity.get(identity_of(config, group.arm), ()):
+            mine = (cell.seed, cell.arm, cell.outdated) == (config.seed, group.arm, None)
+            if mine and cell.dataset == group.row.dataset and cell.lacks(config) == "":
                 return path
         return None
 

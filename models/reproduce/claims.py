@@ -54,9 +54,9 @@ class Claim:
 
 
 def finished(row: RowCells, arm: Optimizer = SEVO, **settings: Any) -> Summary | None:
-    """The family with an arm and settings, if its cells are complete and of the present meaning of the arm."""
+    """The group with an arm and settings, if its cells are complete and of the present meaning of the arm."""
     for summary in row.summaries:
-        same = summary.family.arm == arm and settings.items() <= summary.family.settings.items()
+        same = summary.group.arm == arm and settings.items() <= summary.group.settings.items()
         if same and not summary.short and not summary.outdated:
             return summary
     return None
@@ -222,7 +222,7 @@ def claim_lines(found: Found) -> list[list[str]]:
         missing = []
         for name in claim.tables:
             rows = found[name].rows
-            total = sum(len(row.row.families) for row in rows)
+            total = sum(len(row.row.groups) for row in rows)
             lacking = [x for row in rows for x in (*row.missing, *(y for y in row.summaries if y.short or y.outdated))]
             if lacking:
                 missing.append(f"{len(lacking)} of {total} of {name}")

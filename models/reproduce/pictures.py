@@ -11,7 +11,7 @@ from models.config import SELECTION
 from models.reproduce.cells import cell_path
 from models.reproduce.maps import Maps
 from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains
-from models.reproduce.tables import PLAIN, Family
+from models.reproduce.tables import PLAIN, SeedGroup
 
 TEST = f"test {SELECTION}"
 
@@ -21,7 +21,7 @@ def draw_curves(row: RowCells, path: Path) -> None:
     counts: dict[str, int] = {}
     runs = []
     for summary in row.summaries:
-        arm = summary.family.arm
+        arm = summary.group.arm
         counts[arm] = counts.get(arm, -1) + 1
         runs.append(
             plots.Seeds(
@@ -61,11 +61,11 @@ def _draw_loss(found: TableCells, path: Path) -> bool:
             length = min(cell.epochs for cell in summary.cells)
             losses = np.array([[record["loss"] for record in cell.history[:length]] for cell in summary.cells])
             spread = losses.std(axis=0, ddof=1) if len(losses) > 1 else None
-            lines.append(plots.Line(summary.family.label, None, np.arange(1, length + 1), losses.mean(0), spread))
-        for family in row.row.families:
-            if family.published is not None and family.published.losses:
-                points = {epoch: mean for epoch, (_, mean, _) in family.published.losses.items()}
-                published.append(plots.Line(family.label, None, list(points), list(points.values())))
+            lines.append(plots.Line(summary.group.label, None, np.arange(1, length + 1), losses.mean(0), spread))
+        for group in row.row.groups:
+            if group.published is not None and group.published.losses:
+                points = {epoch: mean for epoch, (_, mean, _) in group.published.losses.items()}
+                published.append(plots.Line(group.label, None, list(points), list(points.values())))
         panels.append(plots.Panel(row.row.title, "epoch", "training loss", lines, published))
     if panels:
         plots.panels(panels, path, title=found.table.title)
@@ -91,18 +91,18 @@ def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Pa
     theirs: dict[str, list[tuple[float, float]]] = {}
     levels: dict[str, float] = {}
     for row in rows:
-        trained = {summary.family.label: summary for summary in row.summaries}
-        for family in row.row.families:
-            summary = trained.get(family.label)
-            if over not in family.settings:
-                if summary is not None and family.arm in PLAIN:
-                    levels[family.arm] = summary.mean()
+        trained = {summary.group.label: summary for summary in row.summaries}
+        for group in row.row.groups:
+            summary = trained.get(group.label)
+            if over not in group.settings:
+                if summary is not None and group.arm in PLAIN:
+                    levels[group.arm] = summary.mean()
                 continue
-            label, x = _line_label(row, rows, family, over), float(family.settings[over])
+            label, x = _line_label(row, rows, group, over), float(group.settings[over])
             if summary is not None:
                 ours.setdefault(label, []).append((x, summary))
-            if family.published is not None and family.published.metrics:
-                theirs.setdefault(label, []).append((x, family.published.metrics[SELECTION]))
+            if group.published is not None and group.published.metrics:
+                theirs.setdefault(label, []).append((x, group.published.metrics[SELECTION]))
     lines = []
     for label, points in ours.items():
         deviations = [summary.deviation() for _, summary in points]
@@ -112,9 +112,9 @@ def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Pa
     return plots.Panel(dataset, over, TEST, lines, published, list(levels.items()), categories=True)
 
 
-def _line_label(row: RowCells, rows: Sequence[RowCells], family: Family, over: str) -> str:
-    others = [str(value) for name, value in family.settings.items() if name != over]
-    parts = ([row.row.subject] if len(rows) > 1 else []) + (others or [family.arm])
+def _line_label(row: RowCells, rows: Sequence[RowCells], group: SeedGroup, over: str) -> str:
+    others = [str(value) for name, value in group.settings.items() if name != over]
+    parts = ([row.row.subject] if len(rows) > 1 else []) + (others or [group.arm])
     return ", ".join(parts)
 
 
@@ -123,13 +123,13 @@ def _draw_bars(found: TableCells, path: Path) -> bool:
     for row in found.trained:
         arms = list(dict.fromkeys(row.row.arms))
         for arm in arms:
-            same = [x for x in row.summaries if x.family.arm == arm]
+            same = [x for x in row.summaries if x.group.arm == arm]
             best = next((x for x in same if len(same) == 1 or row.chosen(x)), None)
             published = row.row.published_for(arm)
             theirs = published.metrics.get(SELECTION) if published else None
             if best is not None or theirs is not None:
                 bar = plots.Bar(
-                    best.family.label if best else arm,
+                    best.group.label if best else arm,
                     plots.COLORS.get(arm),
                     best.mean() if best else None,
                     best.deviation() if best else None,
@@ -143,12 +143,12 @@ def _draw_bars(found: TableCells, path: Path) -> bool:
 
 def smoothness_lines(row: RowCells, over: str) -> list[tuple[Any, Summary | None, dict[str, float]]]:
     """Of each value that is varied, what was trained and what was published."""
-    trained = {summary.family.label: summary for summary in row.summaries}
+    trained = {summary.group.label: summary for summary in row.summaries}
     found = []
-    for family in row.row.families:
-        if over in family.settings:
-            published = family.published.smoothness if family.published is not None else {}
-            found.append((family.settings[over], trained.get(family.label), published))
+    for group in row.row.groups:
+        if over in group.settings:
+            published = group.published.smoothness if group.published is not None else {}
+            found.append((group.settings[over], trained.get(group.label), published))
     return found
 
 
@@ -207,7 +207,7 @@ def _draw_gains(found: TableCells, path: Path) -> bool:
 def _draw_times(found: TableCells, path: Path) -> bool:
     training, inference = [], []
     for row in found.rows:
-        trained = {summary.family.arm: summary for summary in row.summaries}
+        trained = {summary.group.arm: summary for summary in row.summaries}
         for arm in row.row.arms:
             theirs = found.table.times.get(row.row.subject, {}).get(arm, {})
             summary = trained.get(arm)
@@ -222,9 +222,9 @@ def _draw_times(found: TableCells, path: Path) -> bool:
     return bool(found.trained)
 
 
-def map_path(results_dir: Path, experiment: str, family: Family, seed: int) -> Path:
+def map_path(results_dir: Path, experiment: str, group: SeedGroup, seed: int) -> Path:
     """Where the maps of a cell are kept."""
-    return cell_path(results_dir, experiment, family, seed).with_suffix(".npz")
+    return cell_path(results_dir, experiment, group, seed).with_suffix(".npz")
 
 
 def _draw_maps(found: TableCells, results_dir: Path, path: Path) -> bool:
@@ -232,10 +232,10 @@ def _draw_maps(found: TableCells, results_dir: Path, path: Path) -> bool:
     maps = None
     for row in found.trained:
         for summary in row.summaries:
-            file = map_path(results_dir, found.table.name, summary.family, summary.cells[0].seed)
+            file = map_path(results_dir, found.table.name, summary.group, summary.cells[0].seed)
             if file.is_file():
                 maps = Maps.read(file)
-                settings = ", ".join(f"{name} {value}" for name, value in summary.family.settings.items())
+                settings = ", ".join(f"{name} {value}" for name, value in summary.group.settings.items())
                 drawn[settings] = {f"epoch {epoch}": places for epoch, places in maps.places.items()}
     if maps is None:
         return False
@@ -248,4 +248,4 @@ def _draw_maps(found: TableCells, results_dir: Path, path: Path) -> bool:
 
 def _with_seeds(summary: Summary) -> str:
     seeds = f" ({len(summary.cells)} seeds)" if len(summary.cells) > 1 else ""
-    return summary.family.label + seeds
+    return summary.group.label + seeds

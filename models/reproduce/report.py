@@ -156,7 +156,7 @@ def _overview_parts(rows: Sequence[RowCells]) -> list[str]:
             "**Bold**: the best of its optimizer on the validation items, in the epochs that all of them have."
         )
     outdated = _distinct(
-        [f"{x.family.arm} {x.outdated}" for row in rows for x in row.summaries if x.outdated is not None]
+        [f"{x.group.arm} {x.outdated}" for row in rows for x in row.summaries if x.outdated is not None]
     )
     if outdated:
         parts.append(f"‡ Made by an earlier version, in which {'; '.join(outdated)}. To be trained again.")
@@ -239,8 +239,8 @@ def not_run(found: TableCells, cells: Sequence[Cell]) -> list[str]:
     device = devices.most_common(1)[0][0] if devices else ""
     for row in found.rows:
         if row.missing:
-            which = f": {', '.join(family.label for family in row.missing)}" if row.summaries else ""
-            seconds = [seconds_of(family, family.config().epochs, cells, device) for family in row.missing]
+            which = f": {', '.join(group.label for group in row.missing)}" if row.summaries else ""
+            seconds = [seconds_of(group, group.config().epochs, cells, device) for group in row.missing]
             known = [x for x in seconds if x is not None]
             some = "" if len(known) == len(seconds) else f" for {len(known)} of {len(seconds)} runs"
             took = f" (about {duration(sum(known))} a seed{some}, on {device})" if known else ""
@@ -255,10 +255,10 @@ def _times_parts(found: TableCells) -> list[str]:
         title = row.row.subject
         for arm in row.row.arms:
             theirs = found.table.times.get(row.row.subject, {}).get(arm, {})
-            summary = next((x for x in row.summaries if x.family.arm == arm), None)
+            summary = next((x for x in row.summaries if x.group.arm == arm), None)
             ours = [NONE] * 4
             if summary is not None:
-                ours = [str(summary.family.config().epochs), f"{summary.epoch_seconds:.2f}"]
+                ours = [str(summary.group.config().epochs), f"{summary.epoch_seconds:.2f}"]
                 ours += [f"{summary.training_seconds:,.0f}"]
                 inference = summary.inference_seconds
                 ours += [NONE if inference is None else f"{inference:.2f}"]
@@ -312,7 +312,7 @@ def details(row: RowCells) -> list[list[str]]:
     for summary in row.summaries:
         cells = summary.cells
         best = sorted({cell.best_epoch for cell in cells})
-        epochs = summary.family.config().epochs
+        epochs = summary.group.config().epochs
         lines.append(
             [
                 f"{summary.label}, ours",
@@ -328,7 +328,7 @@ def details(row: RowCells) -> list[list[str]]:
         if ours in published and ours.metrics:
             published.remove(ours)
             lines.append(_published_line(ours))
-    trained = {summary.family.arm for summary in row.summaries}
+    trained = {summary.group.arm for summary in row.summaries}
     return lines + [_published_line(x) for x in published if x.metrics and x.arm not in trained]
 
 
@@ -353,7 +353,7 @@ def learning(row: RowCells) -> list[list[str]]:
     columns = [(epoch, values) for epoch, values in columns if any(value is not None for value in values)]
     header = [f"validation {SELECTION} after epoch", *(epoch for epoch, _ in columns)]
     lines = [
-        [summary.family.label, *(NONE if values[i] is None else f"{values[i]:.4f}" for _, values in columns)]
+        [summary.group.label, *(NONE if values[i] is None else f"{values[i]:.4f}" for _, values in columns)]
         for i, summary in enumerate(row.summaries)
     ]
     return [header, *lines] if columns else []

@@ -18,12 +18,12 @@ from models.files import claim, read_json
 from models.memory import out_of_memory_told
 from models.reproduce.cells import REVISIONS, Cell, Cells, cell_path, defaults_of, identity_of, portable
 from models.reproduce.maps import umap_class
-from models.reproduce.tables import PLAIN, Dataset, Family, Table
+from models.reproduce.tables import PLAIN, Dataset, SeedGroup, Table
 from models.training.files import read_history
 
 if TYPE_CHECKING:
-    from models.training.prepare import Prepared
     from models.training.run import Result
+    from models.training.training_data import TrainingData
 
 BYTES_A_WORKER = 2 * 2**30
 
@@ -34,14 +34,14 @@ class Job:
 
     Attributes:
       experiment: name of the table that the cell belongs to.
-      family: which cell, but for the seed.
+      group: which cell, but for the seed.
       config: the run's configuration.
       path: where the cell will be kept.
       folder: where the run keeps its checkpoints.
     """
 
     experiment: str
-    family: Family
+    group: SeedGroup
     config: TrainConfig
     path: Path
     folder: Path
@@ -115,17 +115,17 @@ def plan(
         if epochs is not None and not row.closed_form:
             fields = fields | {"epochs": epochs}
         for seed in range(table.num_seeds(row, seeds)):
-            for family in row.families:
-                if arms and family.arm not in arms:
+            for group in row.groups:
+                if arms and group.arm not in arms:
                     continue
-                path = cell_path(results_dir, table.name, family, seed)
-                config = family.config(**fields, **_attributes(family, dataset, data_dir), seed=seed)
+                path = cell_path(results_dir, table.name, group, seed)
+                config = group.config(**fields, **_attributes(group, dataset, data_dir), seed=seed)
                 if not path.exists():
-                    path = cells.begun(family, config) or path  # of another table, whose run goes on
+                    path = cells.begun(group, config) or path  # of another table, whose run goes on
                 experiment = path.parent.name
-                folder = find_folder(work_dir / experiment, path.stem, family.arm, config)
-                job = Job(experiment, family, config, path, folder)
-                if job.done or cells.shared(family, config) is not None:
+                folder = find_folder(work_dir / experiment, path.stem, group.arm, config)
+                job = Job(experiment, group, config, path, folder)
+                if job.done or cells.shared(group, config) is not None:
                     done += 1
                     continue
                 if getattr(config, "keep_epochs", ()):
@@ -136,33 +136,33 @@ def plan(
                         f"first. Put it there, leave {row.dataset} out of --datasets, or leave out --data-dir "
                         f"to fetch the public {dataset.public.get('data')}"
                     )
-                # Two families of a table may be the same run, such as those of two methods at beta 0.
-                run = (row.dataset, identity_of(config, family.arm), family.arm, seed)
+                # Two groups of a table may be the same run, such as those of two methods at beta 0.
+                run = (row.dataset, identity_of(config, group.arm), group.arm, seed)
                 if run not in planned:
                     planned.add(run)
                     jobs.append(job)
     return jobs, done
 
 
-def _attributes(family: Family, dataset: Dataset, data_dir: Path | None) -> dict[str, Path]:
-    """The field that says where the attributes are, if a family's graph is one of attributes.
+def _attributes(group: SeedGroup, dataset: Dataset, data_dir: Path | None) -> dict[str, Path]:
+    """The field that says where the attributes are, if a group's graph is one of attributes.
 
     Raises:
       ValueError: if they are nowhere.
     """
-    if family.arm in PLAIN or "attributes" not in getattr(family.config(), "graph", ()):
+    if group.arm in PLAIN or "attributes" not in getattr(group.config(), "graph", ()):
         return {}
     if dataset.attributes is None or data_dir is None:
         name = dataset.attributes or "a file of attributes, which the table does not name"
-        raise ValueError(f"data_dir: {family.name} needs {name}; give the folder that holds it with --data-dir")
+        raise ValueError(f"data_dir: {group.name} needs {name}; give the folder that holds it with --data-dir")
     path = data_dir / dataset.attributes
     if not path.is_file():
-        raise ValueError(f"data_dir: {path} does not exist; {family.name} needs it")
+        raise ValueError(f"data_dir: {path} does not exist; {group.name} needs it")
     return {"attributes": path}
 
 
 def train(jobs: Sequence[Job]) -> None:
-    """Trains what no other process trains, cell by cell; on an accelerator the seeds of a family together.
+    """Trains what no other process trains, cell by cell; on an accelerator the seeds of a group together.
 
     A run that diverges or cannot go on is reported and left out, and keeps no other from being trained.
 
@@ -172,29 +172,29 @@ def train(jobs: Sequence[Job]) -> None:
     from models.training import loop
     from models.training.compare import seeds_at_once
 
-    groups = [[job] for job in jobs]
+    together = [[job] for job in jobs]
     if seeds_at_once(len(jobs)) > 1:
-        families: dict[str, list[Job]] = {}
+        by_group: dict[str, list[Job]] = {}
         for job in jobs:
-            families.setdefault(job.family.name, []).append(job)
-        groups = list(families.values())
+            by_group.setdefault(job.group.name, []).append(job)
+        together = list(by_group.values())
     data = _Data()
     failed = []
-    for group in groups:
+    for mine in together:
         with contextlib.ExitStack() as stack:
-            claimed = [job for job in group if stack.enter_context(_claim(job.folder))]
+            claimed = [job for job in mine if stack.enter_context(_claim(job.folder))]
             claimed = [job for job in claimed if not job.done]  # by another process, in the meantime
             if not claimed:
                 continue
-            config, family = claimed[0].config, claimed[0].family
+            config, group = claimed[0].config, claimed[0].group
             prepared = data.prepared(config)
             seeds, folders = [job.config.seed for job in claimed], [job.folder for job in claimed]
-            print(f"{claimed[0].experiment}: {family.name}, seed {', '.join(map(str, seeds))}", flush=True)
+            print(f"{claimed[0].experiment}: {group.name}, seed {', '.join(map(str, seeds))}", flush=True)
             try:
-                results = loop.train_seeds(prepared, config, family.arm, seeds, folders, resume=True)
+                results = loop.train_seeds(prepared, config, group.arm, seeds, folders, resume=True)
             except ValueError as error:  # of this run alone: it diverged, or its files do not fit or are damaged
-                failed.append(family.name)
-                print(f"{family.name}: {error}", file=sys.stderr, flush=True)
+                failed.append(group.name)
+                print(f"{group.name}: {error}", file=sys.stderr, flush=True)
                 results = error.results if isinstance(error, loop.DivergedError) else [None] * len(claimed)
             for job, result in zip(claimed, results, strict=True):
                 if result is not None:
@@ -208,11 +208,11 @@ class _Data:
 
     def __init__(self) -> None:
         self._key: TrainConfig | None = None
-        self._prepared: Prepared | None = None
+        self._prepared: TrainingData | None = None
 
-    def prepared(self, config: TrainConfig) -> "Prepared":
+    def prepared(self, config: TrainConfig) -> "TrainingData":
         from models.data import load_interactions
-        from models.training.prepare import prepare
+        from models.training.training_data import make_training_data
 
         # Whatever else differs may make a difference.
         key = config if config.optimizer == "closed-form" else _without_strengths(config)
@@ -220,7 +220,7 @@ class _Data:
             self._key = self._prepared = None  # two data sets at once may be too many
             interactions = load_interactions(config)
             print(f"{config.data}: {interactions}", flush=True)
-            self._key, self._prepared = key, prepare(interactions, config)
+            self._key, self._prepared = key, make_training_data(interactions, config)
         return self._prepared
 
 
@@ -230,7 +230,7 @@ def _without_strengths(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, seed=0, beta=0.0, num_layers=1, optimizer="adamw", smoothing="neumann", **usual)
 
 
-def _write_cell(job: Job, result: "Result", prepared: "Prepared") -> None:
+def _write_cell(job: Job, result: "Result", prepared: "TrainingData") -> None:
     import flax
     import jax
     import optax
@@ -239,7 +239,7 @@ def _write_cell(job: Job, result: "Result", prepared: "Prepared") -> None:
 
     cell = Cell.from_result(
         job.experiment,
-        job.family,
+        job.group,
         job.config,
         dataclasses.asdict(result) | {"device": _device(result.device)},
         read_history(job.folder / "history.jsonl"),
@@ -262,7 +262,7 @@ def usual_workers() -> int:
     """
     import jax
 
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):  # Windows does not tell its memory that way
         return 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(_num_cores(), memory // BYTES_A_WORKER))

@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from models.reproduce.cells import Cell, Cells
 from models.reproduce.runner import Job
-from models.reproduce.tables import Family, Table
+from models.reproduce.tables import SeedGroup, Table
 
 
 def listing(tables: Sequence[Table], cells: Cells, seeds: int) -> str:
@@ -23,21 +23,21 @@ def listing(tables: Sequence[Table], cells: Cells, seeds: int) -> str:
         there = total = short = 0
         for row in table.rows:
             wanted = table.num_seeds(row, seeds)
-            total += wanted * len(row.families)
-            for family in row.families:
-                found = [x for x in cells.of(table.name, family) if x.seed < wanted and not x.outdated]
+            total += wanted * len(row.groups)
+            for group in row.groups:
+                found = [x for x in cells.of(table.name, group) if x.seed < wanted and not x.outdated]
                 there += len(found)
-                short += sum(cell.config["epochs"] < family.config().epochs for cell in found)
+                short += sum(cell.config["epochs"] < group.config().epochs for cell in found)
         lines.append([table.name, f"{there} of {total}", str(short or ""), table.title])
     header = ["name", "cells", "of fewer epochs", "title"]
     return tabulate(lines, header, tablefmt="plain", disable_numparse=True, colalign=["left", "right", "right", "left"])
 
 
-def seconds_of(family: Family, epochs: int, cells: Iterable[Cell], device: str) -> float | None:
+def seconds_of(group: SeedGroup, epochs: int, cells: Iterable[Cell], device: str) -> float | None:
     """Roughly how long a run takes: as long an epoch as runs of the same model, loss and data set on such a device.
 
     Args:
-      family: what is trained.
+      group: what is trained.
       epochs: for how long.
       cells: all that are there.
       device: what it runs on, such as ``CPU, 1 core``; what stands behind the comma does not matter.
@@ -45,15 +45,15 @@ def seconds_of(family: Family, epochs: int, cells: Iterable[Cell], device: str) 
     Returns:
       Seconds; None: there is no such run.
     """
-    values = family.config().to_dict()
+    values = group.config().to_dict()
     similar = [
         cell
         for cell in cells
-        if (cell.dataset, cell.model) == (family.row.dataset, values["model"])
+        if (cell.dataset, cell.model) == (group.row.dataset, values["model"])
         and cell.variant == values.get("loss", "")
         and cell.device.partition(",")[0].lower() == device.partition(",")[0].lower()
     ]
-    similar = [cell for cell in similar if cell.arm == family.arm] or similar
+    similar = [cell for cell in similar if cell.arm == group.arm] or similar
     if not similar:
         return None
     # What evaluation adds; the least, because pauses count as well.
@@ -62,20 +62,20 @@ def seconds_of(family: Family, epochs: int, cells: Iterable[Cell], device: str) 
 
 
 def dry_run(jobs: Sequence[Job], cells: Cells, device: str, workers: int) -> str:
-    """What is missing of a table, a line a family, and roughly how long it takes."""
-    families: dict[str, list[Job]] = {}
+    """What is missing of a table, a line a group, and roughly how long it takes."""
+    by_group: dict[str, list[Job]] = {}
     for job in jobs:
-        families.setdefault(job.family.name, []).append(job)
+        by_group.setdefault(job.group.name, []).append(job)
     everything = cells.all()
     lines, known, unknown = [], 0.0, 0
-    for name, group in families.items():
-        family, epochs = group[0].family, group[0].config.epochs
-        seconds = seconds_of(family, epochs, everything, device)
+    for name, missing in by_group.items():
+        group, epochs = missing[0].group, missing[0].config.epochs
+        seconds = seconds_of(group, epochs, everything, device)
         if seconds is None:
-            unknown += len(group)
+            unknown += len(missing)
         else:
-            known += seconds * len(group)
-        seeds = ", ".join(str(job.config.seed) for job in group)
+            known += seconds * len(missing)
+        seeds = ", ".join(str(job.config.seed) for job in missing)
         lines.append([name, seeds, str(epochs), "unknown" if seconds is None else duration(seconds)])
     if not lines:
         return "nothing is missing"

@@ -1,4 +1,4 @@
-"""The cells of one family, or of several rows, taken together."""
+"""The cells of one group, or of several rows, taken together."""
 
 import dataclasses
 import math
@@ -9,31 +9,31 @@ from typing import Any
 
 from models.config import SELECTION, Optimizer
 from models.reproduce.cells import Cell, Cells
-from models.reproduce.tables import BASELINES, METRICS, Family, Measured, Published, Row, Table
+from models.reproduce.tables import BASELINES, METRICS, Measured, Published, Row, SeedGroup, Table
 from models.training.compare import Gain, gain
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The cells of a family, taken together.
+    """The cells of a group, taken together.
 
     Attributes:
-      family: what was trained.
+      group: what was trained.
       cells: the cells, by seed; at least one.
     """
 
-    family: Family
+    group: SeedGroup
     cells: Sequence[Cell]
 
     @property
     def label(self) -> str:
-        """The family's, with marks: † if epochs are missing, ‡ if the arm has changed since."""
-        return self.family.label + (" †" if self.short else "") + (" ‡" if self.outdated else "")
+        """The group's, with marks: † if epochs are missing, ‡ if the arm has changed since."""
+        return self.group.label + (" †" if self.short else "") + (" ‡" if self.outdated else "")
 
     @property
     def short(self) -> bool:
         """Whether epochs are missing."""
-        return self.epochs < self.family.config().epochs
+        return self.epochs < self.group.config().epochs
 
     @property
     def outdated(self) -> str | None:
@@ -63,7 +63,7 @@ class Summary:
     @property
     def training_seconds(self) -> float:
         """Mean seconds of an epoch times the epochs of the settings, without evaluation."""
-        return self.epoch_seconds * self.family.config().epochs
+        return self.epoch_seconds * self.group.config().epochs
 
     @property
     def inference_seconds(self) -> float | None:
@@ -115,7 +115,7 @@ class Summary:
 
     def gain(self, baseline: "Summary | None") -> Gain | None:
         """Over a plain arm, over the seeds in common; None: there are none."""
-        if baseline is None or self.family == baseline.family:
+        if baseline is None or self.group == baseline.group:
             return None
         common = [key for key in self.by_seed if key in baseline.by_seed]
         if not common:
@@ -134,9 +134,9 @@ class RowCells:
 
     def __init__(self, row: Row, cells: Cells, experiment: str) -> None:
         self.row = row
-        found = [Summary(family, cells.of(experiment, family)) for family in row.families]
+        found = [Summary(group, cells.of(experiment, group)) for group in row.groups]
         self.summaries = [summary for summary in found if summary.cells]
-        self.missing = [summary.family for summary in found if not summary.cells]
+        self.missing = [summary.group for summary in found if not summary.cells]
 
     @property
     def cells(self) -> list[Cell]:
@@ -144,24 +144,24 @@ class RowCells:
         return [cell for summary in self.summaries for cell in summary.cells]
 
     def baseline(self, summary: Summary, arm: Optimizer) -> Summary | None:
-        """The family of a plain arm that another is compared with; None: it was not trained, or is the same."""
-        if arm not in BASELINES.get(summary.family.arm, ()):
+        """The group of a plain arm that another is compared with; None: it was not trained, or is the same."""
+        if arm not in BASELINES.get(summary.group.arm, ()):
             return None
-        wanted = summary.family.baseline(arm)
-        return next((x for x in self.summaries if x.family == wanted), None)
+        wanted = summary.group.baseline(arm)
+        return next((x for x in self.summaries if x.group == wanted), None)
 
     def chosen(self, summary: Summary) -> bool:
-        """Whether a family is the best of several of its arm, on the validation items, in the epochs that all have."""
-        same = [x for x in self.summaries if x.family.arm == summary.family.arm]
+        """Whether a group is the best of several of its arm, on the validation items, in the epochs that all have."""
+        same = [x for x in self.summaries if x.group.arm == summary.group.arm]
         common = min(x.epochs for x in same)
         return len(same) > 1 and summary is max(same, key=lambda x: x.best_within(common))
 
     def published(self, summary: Summary) -> Published | None:
-        """The published figures of a family. Of several that the same figures are for, the chosen one has them."""
-        found = summary.family.published
+        """The published figures of a group. Of several that the same figures are for, the chosen one has them."""
+        found = summary.group.published
         if found is None:
             return None
-        same = [x for x in self.summaries if x.family.published is found]
+        same = [x for x in self.summaries if x.group.published is found]
         return found if len(same) == 1 or self.chosen(summary) else None
 
 
@@ -199,25 +199,25 @@ def average_gains(rows: Sequence[RowCells], over: Optimizer) -> list[AverageGain
 
     Each data set counts alike, and in it each of ``METRICS``; only seeds that both arms were trained with count.
     """
-    groups: dict[tuple[str, str], list[tuple[RowCells, Family]]] = {}
+    groups: dict[tuple[str, str], list[tuple[RowCells, SeedGroup]]] = {}
     for row in rows:
-        for family in row.row.families:
-            if over in BASELINES.get(family.arm, ()) and over in row.row.arms:
-                groups.setdefault((row.row.subject, family.label), []).append((row, family))
+        for group in row.row.groups:
+            if over in BASELINES.get(group.arm, ()) and over in row.row.arms:
+                groups.setdefault((row.row.subject, group.label), []).append((row, group))
     found = []
     for (subject, _), members in groups.items():
         gains, datasets, short = [], [], False
-        for row, family in members:
-            summary = next((x for x in row.summaries if x.family == family), None)
+        for row, group in members:
+            summary = next((x for x in row.summaries if x.group == group), None)
             base = None if summary is None else row.baseline(summary, over)
             relative = None if base is None else _relative(summary, base)
             if relative is not None:
                 gains.append(relative)
                 datasets.append(row.row.dataset)
                 short = short or summary.short or base.short
-        _, family = members[0]
+        _, group = members[0]
         gain = statistics.fmean(gains) if gains else None
-        found.append(AverageGain(subject, family.arm, family.settings, over, gain, tuple(datasets), short))
+        found.append(AverageGain(subject, group.arm, group.settings, over, gain, tuple(datasets), short))
     return found
 
 

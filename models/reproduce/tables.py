@@ -75,7 +75,7 @@ class PublishedFile(TypedDict):
     label: NotRequired[str]
     arm: NotRequired[Optimizer]
     settings: NotRequired[dict[str, Any]]
-    metrics: NotRequired[dict[Literal[METRICS], float]]
+    metrics: NotRequired[dict[Literal[METRICS], float]]  # type: ignore[valid-type]  # a tuple, which pydantic takes
     runs: NotRequired[Annotated[list[float], Field(min_length=2)]]
     num_runs: NotRequired[AtLeastOne]
     deviation: NotRequired[Annotated[float, Field(ge=0)]]
@@ -186,7 +186,7 @@ class Published:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class SeedGroup:
     """Cells that differ in the seed alone.
 
     Attributes:
@@ -210,9 +210,9 @@ class Family:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         return f"{self.arm} ({settings})" if settings else self.arm
 
-    def baseline(self, arm: Optimizer) -> "Family":
-        """The family of a plain arm that this one is compared with."""
-        return Family(self.row, arm, {name: x for name, x in self.settings.items() if name not in SMOOTHING})
+    def baseline(self, arm: Optimizer) -> "SeedGroup":
+        """The group of a plain arm that this one is compared with."""
+        return SeedGroup(self.row, arm, {name: x for name, x in self.settings.items() if name not in SMOOTHING})
 
     @property
     def published(self) -> Published | None:
@@ -275,17 +275,17 @@ class Row:
         return f"{self.dataset}-{self.fields['model']}{loss}"
 
     @property
-    def families(self) -> list[Family]:
+    def groups(self) -> list[SeedGroup]:
         """The cells but for their seeds; those that complete a comparison stand together."""
         found = []
         for values in itertools.product(*self.vary.values()):
             settings = dict(zip(self.vary, values, strict=True))
             for arm in self.arms:
-                family = Family(self, arm, settings)
+                group = SeedGroup(self, arm, settings)
                 if arm in PLAIN:
-                    family = family.baseline(arm)
-                if family not in found:
-                    found.append(family)
+                    group = group.baseline(arm)
+                if group not in found:
+                    found.append(group)
         return found
 
     def published_for(self, arm: Optimizer) -> Published | None:
@@ -505,9 +505,9 @@ def _row(
         given_name=values.get("name"),
     )
     _check_published(row, where)
-    for family in row.families:
+    for group in row.groups:
         try:
-            family.config()
+            group.config()
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     return row

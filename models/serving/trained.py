@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from models.architectures.base import Recommender
+from models.checks import shortened
 from models.compilation import jit
 from models.config import TrainConfig
 from models.data import Interactions, Split, item_lookup, item_numbers
@@ -166,7 +167,7 @@ class TrainedModel:
                     "for a single user give [history]"
                 )
             raw = history.tolist() if isinstance(history, np.ndarray) else list(history)
-            mine = self._numbers(raw, f"history {place}")
+            mine = self._numbers(raw, f"histories: number {place}")
             numbers.append(mine[mine > 0])
             unknown.append(list(dict.fromkeys(raw_id for raw_id, number in zip(raw, mine, strict=True) if not number)))
         usable = np.array([len(mine) > 0 for mine in numbers], bool)
@@ -227,10 +228,15 @@ class TrainedModel:
         )
 
     def _numbers(self, raw: Iterable[Any], what: str) -> np.ndarray:
-        try:
-            return np.array([self._number(raw_id) for raw_id in raw], np.int32)
-        except TypeError as error:
-            raise ValueError(f"{what} holds something that is no item id ({error}); give numbers or text") from None
+        """The numbers of items, 0 for unknown ids; ``what`` is what an error says of ids that cannot be any."""
+        numbers = []
+        for raw_id in raw:
+            try:
+                hash(raw_id)
+                numbers.append(self._number(raw_id))
+            except TypeError:  # a list, where a history is nested once too often
+                raise ValueError(f"{what} holds {shortened(raw_id)}; ids of items are numbers or text") from None
+        return np.array(numbers, np.int32)
 
     def _recommend(
         self,
@@ -249,7 +255,7 @@ class TrainedModel:
         allowed = self._allowed(only_items, exclude_items)
         lists = None
         if candidates is not None:
-            lists = [self._numbers(mine, f"candidates {i}") for i, mine in enumerate(candidates)]
+            lists = [self._numbers(mine, f"candidates: number {i}") for i, mine in enumerate(candidates)]
             if len(lists) != len(seen):
                 raise ValueError(f"candidates must hold one list for each of {len(seen)} users, got {len(lists)}")
         results = [Recommendation([], [], []) for _ in seen]

@@ -4,23 +4,25 @@ A run's folder holds
 
 * ``run.json``: the configuration, the optimizer, and a fingerprint of the data;
 * ``items.npz``: the raw id of every item;
-* ``checkpoints/EPOCH.npz``: parameters (the newest and the best so far) and optimizer state, without the graph, which
-  ``init`` builds again. The two newest are kept, each written as a whole or not at all. What earlier versions of this
-  program wrote in ``checkpoints/EPOCH/`` is read as well.
+* ``checkpoints/EPOCH/``: parameters (the newest and the best so far) and optimizer state, without the graph, which
+  ``init`` builds again. The two newest are kept, each written by Orbax as a whole or not at all.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
 
@@ -28,15 +30,18 @@ from models.architectures.base import Recommender
 from models.architectures.registry import config_from_dict, make_model, model_class
 from models.config import Optimizer, SplitMethod, TrainConfig
 from models.data import Interactions, ids_from_arrays, ids_to_arrays
-from models.files import PARTIAL, check_format, read_json, write_bytes, write_json
+from models.files import check_format, read_json, write_bytes, write_json
 from models.training import beside
+from models.training.quiet import quiet_orbax
 from sevo_optax import with_graphs, without_graphs
 
 # Of run.json. Format 1 knew no digest of the items' ids and no identity, and its fingerprint left times out.
 FORMAT = 2
 KEPT = 2
-# In a checkpoint, beside the arrays: everything else, as JSON.
-NOTE = "note"
+# Of a checkpoint. In format 1 its digest left progress out.
+CHECKPOINT_FORMAT = 2
+# What Orbax writes for every checkpoint: the arrays, and beside them everything else, as JSON.
+PARTS = ("state/_METADATA", "state/manifest.ocdbt", "note/metadata")
 Which = Literal["best", "last"]
 
 # Options that every model had in earlier versions, and that did nothing for most.
@@ -305,19 +310,14 @@ class Checkpoints:
     def __init__(self, directory: Path, run: str = "") -> None:
         self.directory, self.run = directory / "checkpoints", run
 
-    def _file(self, epoch: int) -> Path:
-        return self.directory / f"{epoch}.npz"
-
     def _folder(self, epoch: int) -> Path:
-        """Where earlier versions kept a checkpoint."""
         return self.directory / str(epoch)
 
     def epochs(self) -> list[int]:
         """The epochs that have a checkpoint, ascending."""
         if not self.directory.is_dir():
             return []
-        names = {path.stem for path in self.directory.glob("*.npz")}
-        names |= {path.parent.name for path in self.directory.glob("*/state")}
+        names = {path.parent.name for path in self.directory.glob("*/state")}
         return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -326,28 +326,27 @@ class Checkpoints:
         Raises:
           CheckpointError: if it cannot be written; older ones stay.
         """
-        arrays, extended = {}, {}
-        for name, array in checkpoint.leaves.items():
-            if array.dtype.kind == "V":  # bfloat16 and its like, whose names NumPy's files do not keep
-                extended[name] = array.dtype.name
-                array = array.view(f"u{array.dtype.itemsize}")
-            arrays[name] = array
+        folder = self._folder(checkpoint.epoch)
         progress = checkpoint.progress | ({"run": self.run} if self.run else {})
-        note = {"digest": _digest(checkpoint.leaves, progress), "progress": progress, "dtypes": extended}
+        digest = _digest(checkpoint.leaves, progress)
+        note = {"format": CHECKPOINT_FORMAT, "digest": digest, "progress": progress}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(checkpoint.leaves), note=ocp.args.JsonSave(note))
         try:
+            if folder.exists() and not (folder / "state").exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_bytes(
-                self._file(checkpoint.epoch),
-                lambda file: np.savez(file, **{NOTE: np.array(json.dumps(note))}, **arrays),
-            )
+            _check_space(self.directory, sum(x.nbytes for x in checkpoint.leaves.values()))
+            with quiet_orbax(), _checkpointer() as checkpointer:
+                checkpointer.save(folder.absolute(), args=arguments, force=True)
             for epoch in self.epochs()[:-KEPT]:
                 self._remove(epoch)
-        except OSError as error:
+        except Exception as error:  # Orbax and what it writes with raise errors of many kinds
+            self._remove_unfinished()
             older = [epoch for epoch in self.epochs() if epoch < checkpoint.epoch]
             kept = f"the one of epoch {older[-1]} is kept" if older else "there is no older one"
             raise CheckpointError(
                 f"the checkpoint of epoch {checkpoint.epoch} cannot be written to {self.directory} "
-                f"({_reason(error)}); {kept}"
+                f"({_system_reason(error)}); {kept}"
             ) from error
 
     def load(self, epoch: int) -> Checkpoint:
@@ -356,14 +355,20 @@ class Checkpoints:
         Raises:
           CheckpointError: if it is damaged.
         """
-        path = self._file(epoch) if self._file(epoch).exists() else self._folder(epoch)
+        path = self._folder(epoch)
+        restore = ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
         try:
-            leaves, note = _read_npz(path) if path.suffix else _read_folder(path)
-            progress = note["progress"]
-            # Folders have a digest of the arrays alone.
-            intact = note["digest"] == _digest(leaves, progress if path.suffix else None)
+            missing = [name for name in PARTS if not (path / name).exists()]
+            if missing:
+                raise FileNotFoundError(f"it lacks {', '.join(missing)}")
+            with quiet_orbax(), _checkpointer() as checkpointer:
+                found = checkpointer.restore(path.absolute(), args=restore)
+            leaves = {name: np.asarray(value) for name, value in found.state.items()}
+            progress = found.note["progress"]
+            whole = found.note.get("format", 1) > 1
+            intact = found.note["digest"] == _digest(leaves, progress if whole else None)
         except Exception as error:  # whatever is wrong with the files, there is nothing to read
-            raise CheckpointError(f"{path} cannot be read ({_reason(error)})") from error
+            raise CheckpointError(f"{path} cannot be read ({_system_reason(error)})") from error
         if not intact:
             raise CheckpointError(f"{path} is damaged: its contents do not match its digest")
         return Checkpoint(epoch, leaves, progress)
@@ -384,7 +389,7 @@ class Checkpoints:
                 continue
             if self.run and checkpoint.progress.get("run", self.run) != self.run:
                 raise CheckpointError(
-                    f"{self._file(epoch)} belongs to another run than {self.directory.parent / 'run.json'}; "
+                    f"{self._folder(epoch)} belongs to another run than {self.directory.parent / 'run.json'}; "
                     "move it away"
                 )
             found = True
@@ -394,39 +399,43 @@ class Checkpoints:
 
     def remove_after(self, epoch: int) -> None:
         """Removes the checkpoints behind an epoch, behind 0 all, and what a killed process has left unfinished."""
-        for path in self.directory.glob(f"{PARTIAL}*"):
-            path.unlink()
-        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):  # by an earlier version
-            shutil.rmtree(path)
+        self._remove_unfinished()
         for number in self.epochs():
             if number > epoch:
                 self._remove(number)
 
+    def _remove_unfinished(self) -> None:
+        # What Orbax has begun to write and given up may still appear while its folder is removed.
+        for _ in range(50):
+            unfinished = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+            if not unfinished:
+                return
+            for path in unfinished:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.02)
+
     def _remove(self, epoch: int) -> None:
-        self._file(epoch).unlink(missing_ok=True)
-        if self._folder(epoch).is_dir():
-            shutil.rmtree(self._folder(epoch))
+        shutil.rmtree(self._folder(epoch))
 
 
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and note of a checkpoint."""
-    arrays = _read_arrays(path)
-    note = json.loads(arrays.pop(NOTE).item())
-    return {name: x.view(jnp.dtype(note["dtypes"].get(name, x.dtype))) for name, x in arrays.items()}, note
+def _checkpointer() -> ocp.Checkpointer:
+    handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), note=ocp.JsonCheckpointHandler())
+    return ocp.Checkpointer(handler)
 
 
-def _read_folder(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and note of a checkpoint that an earlier version wrote with Orbax."""
-    import tensorstore  # only for these
+def _check_space(directory: Path, size: int) -> None:
+    """Raises an :class:`OSError` if ``size`` bytes do not fit, before anything is written."""
+    if shutil.disk_usage(directory).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    place = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.absolute() / 'state'}/"}}
-    keys = tensorstore.KvStore.open(place).result().list().result()
-    names = [key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")]
-    leaves = {}
-    for name in names:
-        array = tensorstore.open({"driver": "zarr", "kvstore": place | {"path": f"{name}/"}}).result()
-        leaves[name] = np.asarray(array.read().result())
-    return leaves, json.loads((path / "note" / "metadata").read_bytes())
+
+def _system_reason(error: Exception) -> str:
+    """Why files cannot be read or written. TensorStore says it behind several lines of paths and options."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+    found = [os.strerror(code) for code in codes if os.strerror(code) in str(error)]
+    if found:
+        return found[0]
+    return "files of it are missing" if str(error).startswith("NOT_FOUND") else _reason(error)
 
 
 @dataclasses.dataclass(frozen=True)

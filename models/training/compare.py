@@ -13,8 +13,8 @@ from models.config import OPTIMIZERS, SELECTION, Optimizer, TrainConfig
 from models.files import write_json
 from models.training.files import curve, read_history
 from models.training.loop import DivergedError, train_seeds
-from models.training.prepare import Prepared
 from models.training.run import Result
+from models.training.training_data import TrainingData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def seeds_at_once(count: int) -> int:
 
 
 def compare(
-    prepared: Prepared,
+    prepared: TrainingData,
     config: TrainConfig,
     output_dir: Path,
     *,
@@ -86,8 +86,8 @@ def compare(
       Results by optimizer, one a seed.
 
     Raises:
-      DivergedError: when all is done, if a run has diverged. Its ``results`` are those that this function would return,
-        without the runs that diverged, and the files are written from them.
+      ComparisonDivergedError: when all is done, if a run has diverged. It has the results of the others, and the files
+        are written from them.
       CheckpointError: if a folder holds something else than a run of this comparison.
     """
     numbers = list(range(config.seed, config.seed + seeds))

@@ -15,10 +15,10 @@ import numpy as np
 from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
 from models.evaluation import metrics
 from models.training.interrupts import stop_gently
-from models.training.prepare import Prepared
 from models.training.program import Program
 from models.training.progress import Progress
 from models.training.run import Result, Run
+from models.training.training_data import TrainingData
 
 
 class DivergedError(ValueError):
@@ -36,7 +36,7 @@ class DivergedError(ValueError):
 
 
 def train(
-    prepared: Prepared,
+    prepared: TrainingData,
     config: TrainConfig,
     optimizer: Optimizer,
     output_dir: Path | None = None,
@@ -69,7 +69,7 @@ def train(
 
 
 def train_seeds(
-    prepared: Prepared,
+    prepared: TrainingData,
     config: TrainConfig,
     optimizer: Optimizer,
     seeds: Sequence[int],
@@ -236,7 +236,7 @@ class _Group:
         advice = f"lower learning_rate={self.config.learning_rate:g}, or give --clip-norm 1"
         run.diverged = f"{failure}{kept}; {advice}"
         if len(self.runs) > 1:
-            self.progress.note(f"{self._name(run)}{run.diverged}; the others go on")
+            self.progress.note(f"{self._name(run)}{run.diverged}; the others go on", warning=True)
 
     def _name(self, run: Run) -> str:
         return f"seed {run.config.seed}: " if len(self.runs) > 1 else ""

@@ -48,7 +48,12 @@ def make_stages(
         if config.smoothing == "neumann":
             options["rescale"] = config.rescale
         smoothing = {
-            f"sevo {'+'.join(group)}": sevo(nodes.adjacency, group if len(group) > 1 else group[0], **options)
+            f"sevo {'+'.join(group)}": sevo(
+                nodes.adjacency,
+                group if len(group) > 1 else group[0],
+                node_axis=nodes.axes.get(group[0], 0),
+                **options,
+            )
             for group in nodes.groups
         }
     rate = config.learning_rate if learning_rate is None else learning_rate
@@ -61,11 +66,11 @@ def make_stages(
             return clip | {"moments": optax.scale_by_adam(**adam)} | decay | step
         case "sevo-adamw":
             # sevo_adamw, for any number of tables.
-            corrected = scale_by_adam_corrected(**adam, tables=nodes.tables)
+            corrected = scale_by_adam_corrected(**adam, tables=nodes.rows)
             moments = corrected if config.moment_correction else optax.scale_by_adam(**adam)
             return clip | {"moments": moments} | smoothing | decay | step
         case "sevo-gradient":
-            corrected = adamw_corrected(rate, **adam, weight_decay=weight_decay, tables=nodes.tables)
+            corrected = adamw_corrected(rate, **adam, weight_decay=weight_decay, tables=nodes.rows)
             return clip | smoothing | {"adamw": corrected}
         case "sevo-gradient-uncorrected":
             return clip | smoothing | {"adamw": optax.adamw(rate, **adam, weight_decay=weight_decay)}

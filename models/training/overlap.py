@@ -1,8 +1,10 @@
 """Whether a model is tested on what it has learned from."""
 
+import dataclasses
+
 import numpy as np
 
-from models.config import SourceConfig, TrainConfig
+from models.config import TrainConfig
 from models.data import Interactions, Split, load_interactions, split_interactions
 from models.training.checkpoints import LoadedRun
 
@@ -29,22 +31,17 @@ def overlap_note(run: LoadedRun, config: TrainConfig, split: Split, interactions
         return ""
     if interactions is None:
         try:
-            interactions = load_interactions(theirs)
+            interactions = load_interactions(dataclasses.replace(theirs, cache_dir=config.cache_dir))
         except (OSError, ValueError):
             interactions = None
         if interactions is None or not run.info.trained_on(interactions):
-            return (
-                f"; whether the run was trained on these items is not known: its data, {_name(theirs)}, cannot be read"
-            )
+            source = "embedded data" if theirs.data is None else theirs.data
+            return f"; whether the run was trained on these items is not known: its data, {source}, are gone or changed"
     trained = split_interactions(interactions, theirs).train
     count = _count(split, trained)
     if not count:
         return ""
     return f"; {count:,} of the {len(split.test):,} test items are ones that the run was trained on"
-
-
-def _name(source: SourceConfig) -> str:
-    return "embedded data" if source.data is None else str(source.data)
 
 
 def _count(split: Split, trained: Interactions) -> int:

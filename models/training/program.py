@@ -22,7 +22,7 @@ from models.feeds import NegativeSampler
 from models.objectives.losses import Loss, make_loss
 from models.objectives.objective import training_loss
 from models.training.optimizers import Stages, make_schedule, make_stages
-from models.training.prepare import Prepared
+from models.training.training_data import TrainingData
 from sevo_optax import smoothness, state_axes
 
 
@@ -49,7 +49,8 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
 
             def loss_fn(params: Any) -> tuple[jax.Array, Any]:
                 key = jax.random.fold_in(step_key, index)
-                model = nnx.merge(graphdef, params, rest)
+                # Copied: what belongs to the trace outside may not change in this one.
+                model = nnx.merge(graphdef, params, rest, copy=True)
                 value = training_loss(
                     model, loss, feed.batch(index), context, sampler, key, max_num_targets=feed.max_num_targets
                 )
@@ -58,8 +59,9 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
             (value, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
             with jax.named_scope("optimizer"):
                 updates, opt_state = tx.update(grads, opt_state, params)
-                params = optax.apply_updates(params, updates)
-            return (params, rest, opt_state), value
+                model = nnx.merge(graphdef, optax.apply_updates(params, updates), rest)
+                model.constrain()
+            return (nnx.state(model, nnx.Param), rest, opt_state), value
 
         carry, losses = jax.lax.scan(step, (params, rest, opt_state), jnp.arange(feed.num_batches))
         params, rest, opt_state = carry
@@ -68,7 +70,9 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
     return epoch
 
 
-def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Sequence[Group]) -> Callable[..., Any]:
+def make_diagnose(
+    graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Sequence[Group], axes: Mapping[str, int]
+) -> Callable[..., Any]:
     """Builds ``diagnose(state, opt_state, feed, sampler, context, adjacency, key)``: what the next step would be like.
 
     It takes the gradient of one batch through the stages of the optimizer, and changes nothing. For each group of
@@ -94,7 +98,7 @@ def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Se
         params, rest = nnx.split_state(state, nnx.Param, ...)
 
         def loss_fn(params: Any) -> jax.Array:
-            model = nnx.merge(graphdef, params, rest)
+            model = nnx.merge(graphdef, params, rest, copy=True)
             return training_loss(model, loss, batch, context, sampler, step_key, max_num_targets=feed.max_num_targets)
 
         updates = jax.grad(loss_fn)(params)
@@ -106,7 +110,9 @@ def make_diagnose(graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Se
                 smoothed = updates
 
         def nodes(tree: Any, group: Group) -> jax.Array:
-            return jnp.concatenate([leaf for table in group for leaf in jax.tree.leaves(_part(tree, table))])
+            """The values of a group's tables, one row a node."""
+            leaves = [(axes.get(table, 0), leaf) for table in group for leaf in jax.tree.leaves(_part(tree, table))]
+            return jnp.concatenate([jnp.moveaxis(leaf, axis, 0) for axis, leaf in leaves])
 
         def energies(name: str, x: jax.Array) -> dict[str, jax.Array]:
             energy = smoothness(x, adjacency)
@@ -141,14 +147,16 @@ class Program:
     gradients has an epoch that does nothing: it is fitted when the program is made.
     """
 
-    def __init__(self, prepared: Prepared, config: TrainConfig, optimizer: Optimizer, seeds: Sequence[int]) -> None:
+    def __init__(self, prepared: TrainingData, config: TrainConfig, optimizer: Optimizer, seeds: Sequence[int]) -> None:
         self.prepared, self.config, self.seeds = prepared, config, seeds
         train = prepared.split.train
         models = [make_model(config, num_users=train.num_users, num_items=train.num_items, seed=seed) for seed in seeds]
         if prepared.feed is None:
             for model in models:
                 model.fit(train, config)
-        self.graphdef, first = nnx.split(models[0])
+        # A constant that a model starts with is weakly typed, what an epoch returns is not: it would compile twice.
+        states = [jax.tree.map(lambda x: x.astype(x.dtype), nnx.state(model)) for model in models]
+        self.graphdef, first = nnx.graphdef(models[0]), states[0]
         schedule = None
         if prepared.feed is not None and (config.schedule != "constant" or config.warmup_epochs):
             schedule = make_schedule(config, prepared.feed.num_batches)
@@ -157,7 +165,8 @@ class Program:
         loss = make_loss(config)
         epoch = make_epoch(self.graphdef, tx, loss)
         groups = () if prepared.nodes is None else prepared.nodes.groups
-        diagnose = make_diagnose(self.graphdef, stages, loss, groups)
+        axes = {} if prepared.nodes is None else prepared.nodes.axes
+        diagnose = make_diagnose(self.graphdef, stages, loss, groups, axes)
 
         def init(state: nnx.State) -> Any:
             return tx.init(nnx.filter_state(state, nnx.Param))
@@ -171,7 +180,7 @@ class Program:
             self._fold = jax.random.fold_in
         else:
             self.axes = axes = state_axes(jax.eval_shape(init, first))
-            self.model_state = jax.tree.map(lambda *x: jnp.stack(x), *map(nnx.state, models))
+            self.model_state = jax.tree.map(lambda *x: jnp.stack(x), *states)
             self.opt_state = jax.vmap(init, out_axes=axes)(self.model_state)
             self.key = jnp.stack(keys)
             self._fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))

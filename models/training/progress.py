@@ -114,12 +114,13 @@ class Progress:
                 parts.append(f"{duration(left)} left")
             print(f"{self._name}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
-    def note(self, text: str) -> None:
-        """Says something about the run, beside the bar."""
+    def note(self, text: str, *, warning: bool = False) -> None:
+        """Says what became of the run, in silence too, and beside the bar; a warning goes to standard error."""
+        file = sys.stderr if warning else sys.stdout
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        elif not self._silent:
-            print(f"{self._name}: {text}", file=sys.stderr, flush=True)
+            self._bar.write(text, file=file)
+        else:
+            print(text, file=file, flush=True)
 
 
 def duration(seconds: float) -> str:

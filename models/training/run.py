@@ -17,8 +17,8 @@ from models.config import SELECTION, Optimizer, TrainConfig
 from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_bytes, write_json, write_text
 from models.training import beside
 from models.training.files import EMBEDDINGS, curve, read_history
-from models.training.prepare import Prepared
 from models.training.program import Program
+from models.training.training_data import TrainingData
 
 if TYPE_CHECKING:
     from models.training.checkpoints import Checkpoint, Checkpoints, RunInfo
@@ -98,7 +98,9 @@ class Run:
       directory: the folder; None: nothing is read or written.
     """
 
-    def __init__(self, prepared: Prepared, config: TrainConfig, optimizer: Optimizer, directory: Path | None) -> None:
+    def __init__(
+        self, prepared: TrainingData, config: TrainConfig, optimizer: Optimizer, directory: Path | None
+    ) -> None:
         self.prepared, self.config, self.optimizer, self.directory = prepared, config, optimizer, directory
         self.history: list[dict[str, Any]] = []
         self.best: tuple[float, int, Any] | None = None
@@ -349,7 +351,7 @@ def _remove_scalars(folder: Path) -> None:
         folder.rmdir()
 
 
-def protocol(prepared: Prepared) -> str:
+def protocol(prepared: TrainingData) -> str:
     """How a result on these data comes about, in one line."""
     return (
         f"{prepared.split.protocol}, {prepared.test.protocol}; tested at the epoch with the best validation {SELECTION}"

@@ -287,7 +287,7 @@ def _estimate_shared(incidence: scipy.sparse.csr_array, sharing: np.ndarray) -> 
     return int(np.mean(counts) * active.size)
 
 
-def _encode(attributes: Any) -> tuple[np.ndarray, Sequence[Any]]:
+def _encode(attributes: Any) -> tuple[np.ndarray, Any]:
     """Numbers attributes in 0..len(distinct)-1; returns the codes and the distinct attributes."""
     if isinstance(attributes, str | bytes | Mapping) or not isinstance(attributes, Iterable):
         raise TypeError(f"attributes is a {type(attributes).__name__}; wanted one attribute for each of nodes.")

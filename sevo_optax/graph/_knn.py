@@ -104,7 +104,7 @@ def knn(
         "Lower k, or reduce the vectors to fewer dimensions.",
     )
     points = matrix[ids].astype(np.float64)
-    bad = first(~np.isfinite(points).all(axis=1))
+    bad = first(np.logical_not(np.isfinite(points).all(axis=1)))
     if bad is not None:
         raise ValueError(
             f"vectors[{ids[bad]}] holds NaN or infinity; wanted finite numbers. "

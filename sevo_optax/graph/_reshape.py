@@ -1,7 +1,7 @@
 """Graphs from graphs: adding relations up, thinning out, normalising."""
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jax.experimental import sparse as jsparse
@@ -66,7 +66,7 @@ def combine(graphs: Sequence[Adjacency], coefficients: Sequence[float] | None = 
     if not any(coefficients):
         raise ValueError("all coefficients are 0; wanted at least one above.")
 
-    total = None
+    total: Any = None
     for index, (graph, coefficient) in enumerate(zip(graphs, coefficients, strict=True)):
         csr = symmetric_csr(graph, f"graphs[{index}]")
         if total is not None and csr.shape != total.shape:

@@ -13,7 +13,7 @@ from models.data import Interactions, drifting_interests
 from models.evaluation.ranking import FullRanking
 from models.feeds import pack
 from models.training import loop
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 from tests.models.test_sasrec import MAX_LENGTH, alone, perturb
 
 NUM_ITEMS = 25
@@ -193,7 +193,7 @@ def test_training(optimizer, options, tmp_path):
         "bert4rec", max_length=8, embedding_dim=8, num_blocks=1, epochs=3, batch_size=20, eval_every=1, **options
     )
     assert (config.loss, config.num_heads, config.b2) == ("ce", 4, 0.95)
-    prepared = prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), config)
+    prepared = make_training_data(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), config)
     assert prepared.nodes.adjacency.shape == (42, 42)
     result = loop.train(prepared, dataclasses.replace(config, learning_rate=1e-2), optimizer, tmp_path)
     assert result.losses[0] == pytest.approx(np.log(40), rel=0.05)

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from models.data import drifting_interests
 from models.training import checkpoints, loop
 from models.training.checkpoints import CheckpointError, Checkpoints, flatten, load_run
 from models.training.files import read_history
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
+from tests.models.saved_runs import ToyProgram, save_run
 
 ROOT = Path(__file__).parents[2]
 CONFIG = make_config(
@@ -34,7 +36,20 @@ def interactions():
 
 @pytest.fixture(scope="module")
 def prepared(interactions):
-    return prepare(interactions, CONFIG)
+    return make_training_data(interactions, CONFIG)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """No compiling, where it does not matter what is trained."""
+    monkeypatch.setattr(loop, "Program", ToyProgram)
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tmp_path_factory):
+    """The folder of a finished run, to copy, and its result."""
+    directory = tmp_path_factory.mktemp("finished")
+    return directory, loop.train(prepared, CONFIG, "sevo-adamw", directory)
 
 
 def leaves(directory, epoch):
@@ -83,13 +98,13 @@ def test_the_graph_is_not_saved(prepared, tmp_path):
     assert all(edges not in array.shape for array in saved.values())
 
 
-def test_a_finished_run_is_not_trained_again(prepared, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_trained_again(prepared, tmp_path, toy, monkeypatch):
     result = loop.train(prepared, CONFIG, "adamw", tmp_path)
     monkeypatch.setattr(loop, "Program", None)
     assert loop.train(prepared, CONFIG, "adamw", tmp_path, resume=True) == result
 
 
-def test_more_epochs_go_on_from_a_finished_run(prepared, tmp_path):
+def test_more_epochs_go_on_from_a_finished_run(prepared, tmp_path, toy):
     loop.train(prepared, dataclasses.replace(CONFIG, epochs=4), "sevo-adamw", tmp_path / "longer")
     longer = loop.train(prepared, CONFIG, "sevo-adamw", tmp_path / "longer", resume=True)
     whole = loop.train(prepared, CONFIG, "sevo-adamw", tmp_path / "whole")
@@ -97,7 +112,7 @@ def test_more_epochs_go_on_from_a_finished_run(prepared, tmp_path):
     assert longer.test == whole.test
 
 
-def test_a_run_is_neither_replaced_nor_mixed_up(prepared, tmp_path):
+def test_a_run_is_neither_replaced_nor_mixed_up(prepared, tmp_path, toy):
     loop.train(prepared, dataclasses.replace(CONFIG, epochs=2), "adamw", tmp_path)
     before = leaves(tmp_path, 2)
 
@@ -110,7 +125,7 @@ def test_a_run_is_neither_replaced_nor_mixed_up(prepared, tmp_path):
         again(optimizer="sevo-adamw", resume=True)
     with pytest.raises(CheckpointError, match=r"learning_rate=0\.01, not 0\.5; resume with the same options"):
         again(dataclasses.replace(CONFIG, learning_rate=0.5), resume=True)
-    other = prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=4), CONFIG)
+    other = make_training_data(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=4), CONFIG)
     with pytest.raises(CheckpointError, match="was trained on other data"):
         again(data=other, resume=True)
     with pytest.raises(CheckpointError, match="schedule=constant, not cosine"):
@@ -120,57 +135,59 @@ def test_a_run_is_neither_replaced_nor_mixed_up(prepared, tmp_path):
     assert Checkpoints(tmp_path).epochs() == [2, 3]
 
 
-def test_a_schedule_does_not_change_its_end(prepared, tmp_path):
+def test_a_schedule_does_not_change_its_end(prepared, tmp_path, toy):
     config = dataclasses.replace(CONFIG, schedule="linear", epochs=2)
     loop.train(prepared, config, "adamw", tmp_path)
     with pytest.raises(CheckpointError, match="epochs=2, not 6"):
         loop.train(prepared, dataclasses.replace(config, epochs=6), "adamw", tmp_path, resume=True)
 
 
-def damage(file, how):
-    """Spoils a file, or takes an array out of it."""
-    content = bytearray(file.read_bytes())
-    if how == "missing":
-        with np.load(file) as arrays:
-            kept = dict(arrays)
-        del kept[next(name for name in kept if name.startswith("best."))]
-        np.savez(file, **kept)
-    elif how == "truncated":
-        file.write_bytes(content[: len(content) // 2])
-    elif how == "flipped":
-        content[len(content) // 2] ^= 0xFF
-        file.write_bytes(content)
-    else:
-        file.write_bytes(b"")
+def damage(folder, how):
+    """Spoils the arrays of a checkpoint, or takes files away."""
+    if how == "no description":
+        (folder / "state" / "_METADATA").unlink()
+    for file in (folder / "state").rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        if how == "missing":
+            file.unlink()
+        elif how == "truncated":
+            file.write_bytes(content[: len(content) // 2])
+        elif how == "flipped":
+            content[len(content) // 2] ^= 0xFF
+            file.write_bytes(content)
+        elif how == "empty":
+            file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "empty"])
-def test_a_damaged_checkpoint_is_refused_and_the_older_one_taken(prepared, tmp_path, capsys, how):
-    whole = loop.train(prepared, CONFIG, "sevo-adamw", tmp_path)
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "empty", "no description"])
+def test_a_damaged_checkpoint_is_refused_and_the_older_one_taken(prepared, finished, tmp_path, capsys, how):
+    folder, whole = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     expected = leaves(tmp_path, 6)
     older = leaves(tmp_path, 4)
-    damage(tmp_path / "checkpoints" / "6.npz", how)
-    with pytest.raises(CheckpointError, match=r"checkpoints/6\.npz (cannot be read|is damaged)"):
+    damage(tmp_path / "checkpoints" / "6", how)
+    with pytest.raises(CheckpointError, match=r"checkpoints/6 (cannot be read|is damaged)"):
         Checkpoints(tmp_path).load(6)
     loaded = load_run(tmp_path, "last")
     assert loaded.epoch == 4
     assert "checkpoints/6" in capsys.readouterr().out
     for name, array in flatten(nnx.state(loaded.model, nnx.Param), "last").items():
         np.testing.assert_array_equal(array, older[name], err_msg=name)
-    (tmp_path / "result.json").unlink()
-    assert loop.train(prepared, CONFIG, "sevo-adamw", tmp_path, resume=True).losses == whole.losses
-    assert_same(expected, leaves(tmp_path, 6))
+    if how == "flipped":
+        (tmp_path / "result.json").unlink()
+        assert loop.train(prepared, CONFIG, "sevo-adamw", tmp_path, resume=True).losses == whole.losses
+        assert_same(expected, leaves(tmp_path, 6))
 
     for epoch in (4, 6):
-        (tmp_path / "checkpoints" / f"{epoch}.npz").write_bytes(b"PK")
+        (tmp_path / "checkpoints" / str(epoch) / "note" / "metadata").write_bytes(b"{")
     with pytest.raises(CheckpointError, match="there is no other; train again with --overwrite"):
         load_run(tmp_path)
 
 
-def test_what_is_no_run_is_refused(prepared, tmp_path):
+def test_what_is_no_run_is_refused(interactions, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no run\.json; give the folder of a training run"):
         load_run(tmp_path)
-    loop.train(prepared, dataclasses.replace(CONFIG, epochs=2), "adamw", tmp_path)
+    save_run(tmp_path, interactions)
     with pytest.raises(ValueError, match="which must be best or last, got 'first'"):
         load_run(tmp_path, "first")
     run = json.loads((tmp_path / "run.json").read_text())
@@ -183,7 +200,7 @@ def test_what_is_no_run_is_refused(prepared, tmp_path):
             {"config": run["config"] | {"num_heads": 0}},
             r"run\.json does not fit this version .*num_heads must be at least 1",
         ),
-        ({"config": run["config"] | {"num_heads": 3}}, r"run\.json describes no model .*num_heads must divide"),
+        ({"config": run["config"] | {"num_heads": 3}}, r"run\.json does not fit this version .*num_heads must divide"),
         ({"config": run["config"] | {"epochs": "x"}}, r"run\.json does not fit this version"),
         ({"config": []}, r"run\.json does not fit this version"),
         ({"config": run["config"] | {"wings": 2}}, "unknown option wings"),
@@ -217,7 +234,7 @@ def test_the_best_and_the_last_model(prepared, tmp_path, interactions):
     from models.evaluation import metrics
 
     def tested(run):
-        return metrics.summarize(jax.jit(prepared.test.ranks)(run.model))
+        return metrics.summarize(jax.jit(lambda model: prepared.test.ranks(model, {}))(run.model))
 
     assert tested(best)["NDCG@10"] == pytest.approx(result.test["NDCG@10"], abs=1e-6)
     assert tested(last)["NDCG@10"] != pytest.approx(result.test["NDCG@10"], abs=1e-6)
@@ -245,7 +262,7 @@ def test_seeds_side_by_side_are_runs_of_their_own(prepared, tmp_path, monkeypatc
         assert load_run(tmp_path / f"together-{seed}").info.config.seed == seed
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(prepared, tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(prepared, tmp_path, toy, monkeypatch):
     save = Checkpoints.save
 
     def full(self, checkpoint):
@@ -263,12 +280,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(prepared, tmp_
         patch.setattr(Checkpoints, "save", full)
         with pytest.raises(CheckpointError, match=r"epoch 4 cannot be written to .*the one of epoch 2 is kept"):
             loop.train(prepared, CONFIG, "adamw", tmp_path)
-    assert load_run(tmp_path, "last").epoch == 2
+    assert Checkpoints(tmp_path).epochs() == [2]
     resumed = loop.train(prepared, CONFIG, "adamw", tmp_path, resume=True)
     assert resumed.losses == loop.train(prepared, CONFIG, "adamw").losses
 
 
-def test_divergence_keeps_the_last_good_checkpoint(prepared, tmp_path, monkeypatch):
+def test_divergence_keeps_the_last_good_checkpoint(prepared, tmp_path, toy, monkeypatch):
     epoch = loop.Program.epoch
 
     def diverging(self, number):
@@ -280,7 +297,7 @@ def test_divergence_keeps_the_last_good_checkpoint(prepared, tmp_path, monkeypat
     monkeypatch.setattr(loop.Program, "epoch", diverging)
     with pytest.raises(loop.DivergedError, match=r"epoch 5, step 2, is nan; the checkpoint of epoch 4 is kept"):
         loop.train(prepared, CONFIG, "adamw", tmp_path)
-    assert load_run(tmp_path, "last").epoch == 4
+    assert Checkpoints(tmp_path).epochs() == [2, 4]
     assert not (tmp_path / "result.json").exists()
 
 
@@ -312,7 +329,7 @@ def finish(process):
 
 def wait_for_epochs(process, directory, count):
     history = directory / "history.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if history.exists() and history.read_bytes().count(b"\n") >= count:
             return
@@ -344,7 +361,7 @@ def test_a_polite_stop_saves_and_exits(tmp_path, number):
     process = start_training(directory)
     wait_for_epochs(process, directory, 3)
     process.send_signal(number)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "go on with --resume" in error
     assert "Traceback" not in error
@@ -352,14 +369,14 @@ def test_a_polite_stop_saves_and_exits(tmp_path, number):
     assert Checkpoints(directory).epochs()[-1] == epochs
 
 
-def test_a_stop_asked_for_after_saving_waits_for_the_next_epoch(prepared, tmp_path, monkeypatch):
-    class Bar(loop.tqdm):
-        def update(self, n=1):
-            if self.n == 2:  # of epoch 3, which is not evaluated, and not saved
+def test_a_stop_asked_for_after_saving_waits_for_the_next_epoch(prepared, tmp_path, toy, monkeypatch):
+    class Interrupted(loop.Progress):
+        def epoch(self, number, **shown):
+            super().epoch(number, **shown)
+            if number == 3:
                 signal.raise_signal(signal.SIGINT)
-            return super().update(n)
 
-    monkeypatch.setattr(loop, "tqdm", Bar)
+    monkeypatch.setattr(loop, "Progress", Interrupted)
     with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 4, which is saved"):
         loop.train(prepared, CONFIG, "adamw", tmp_path)
     assert Checkpoints(tmp_path).epochs()[-1] == len(read_history(tmp_path / "history.jsonl")) == 4

@@ -159,7 +159,7 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["recommend", "--checkpoint", "runs", "--user-colum", "x"], "did you mean --user-column?"),
         (["recommend", "--kk", "3"], "unknown option '--kk'"),
         (["train", "extra"], "'extra' belongs to no option of train"),
-        (["train", "--optimizer", "sgd"], "--optimizer must be one of adamw, sevo-adamw, sevo-gradient, got 'sgd'"),
+        (["train", "--optimizer", "lion"], "--optimizer must be one of adamw, sevo-adamw, sevo-gradient"),
         (["train", "--loss", "mse"], "--loss must be one of bce, ce, sampled-softmax, gbce, bpr, got 'mse'"),
         (["train", "--epochs", "many"], "--epochs must be a whole number, got 'many'"),
         (["train", "--epochs=2.5"], "--epochs must be a whole number, got '2.5'"),
@@ -171,7 +171,8 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["train", "--split-quantiles", "0.5"], "--split-quantiles must be 2 numbers, got '0.5'"),
         (["train", "--split_quantiles", "0.5", "y"], "--split-quantiles must be 2 numbers, got '0.5' 'y'"),
         (["train", "--split-times", "2020"], "--split-times must be 2 texts, got '2020'"),
-        (["reproduce", "--models", "x"], "--models must be one of sasrec, bert4rec"),
+        (["reproduce", "--seeds", str(2**31)], "seeds must be at most 2147483647"),
+        (["reproduce", "--models", "x"], "models must be among bert4rec"),
         (["evaluate"], "--checkpoint must be given; see python -m models evaluate --help"),
         (["train", "--user-column", "\udcff"], "--user-column must be text in UTF-8, got '\\udcff'"),
         (["train", "--data=a\0b"], "--data must not hold a NUL character, got '--data=a\\x00b'"),
@@ -209,7 +210,11 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         ),
         (["train", "--loss", "gbce", "--no-logq-correction"], "logq_correction is not heeded by loss gbce, got False"),
         (["graph", "--split", "global-time", "--part", "all"], "split is not heeded with part all"),
-        (["graph", "--attributes", "x", "--max-hops", "3"], "max_hops is not heeded with --attributes, got 3"),
+        (["graph", "--attributes", "x"], "attributes is not heeded by graph item-item, got x"),
+        (
+            ["graph", "--graph", "attributes", "--attributes", "x", "--max-hops", "3"],
+            "max_hops is not heeded by graph attributes, got 3",
+        ),
         (
             ["train", "--split", "global-time", "--split-times", "1", "2", "--split-quantiles", "0.1", "0.2"],
             "split_times and split_quantiles exclude each other",
@@ -354,7 +359,9 @@ def test_graph_of_attributes(data, tmp_path, capsys):
     table = tmp_path / "items.tsv"
     table.write_text("item_id\tgenres\n1\tDrama|War\n2\tWar\n3\t\n4\tComedy|Drama\n")
     out = tmp_path / "out"
-    status, printed, _ = run(capsys, "graph", "--data", data, "--attributes", table, "--output-dir", out)
+    status, printed, _ = run(
+        capsys, "graph", "--data", data, "--graph", "attributes", "--attributes", table, "--output-dir", out
+    )
     assert status == 0
     assert "items that share genres" in printed
     weights = graph.load(out / "weights.npz").todense()
@@ -378,7 +385,9 @@ def test_bad_attributes(data, tmp_path, capsys, text, options, message):
     if text is not None:
         table.write_text(text)
     status, _, err = run(
-        capsys, "graph", "--data", data, "--attributes", table, "--output-dir", tmp_path / "out", *options
+        capsys,
+        *("graph", "--data", data, "--graph", "attributes", "--attributes", table, "--output-dir", tmp_path / "out"),
+        *options,
     )
     assert status == 2
     assert message in err

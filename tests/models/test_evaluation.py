@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from models.architectures.base import Encoded, Recommender
 from models.architectures.registry import make_config
 from models.architectures.sasrec import SASRec
 from models.data import Interactions, drifting_interests, leave_one_out
+from models.evaluation.queries import Histories
 from models.evaluation.ranking import FullRanking
 from tests.models.test_sasrec import alone
 
@@ -132,3 +135,20 @@ def test_scores_never_exist_whole(split):
         assert "tensor<16x41xf32>" in text
         assert "tensor<70x41xf32>" not in text
         assert "tensor<80x41xf32>" not in text
+
+
+def test_one_vector_a_user_is_kept(split):
+    """Not one a token: what the batches leave behind is their users' newest tokens."""
+    config = make_config("sasrec", max_length=8, embedding_dim=6)
+    model = SASRec(40, max_length=8, embedding_dim=6, num_blocks=0, rngs=nnx.Rngs(0))
+    queries = Histories.from_interactions(split.test_history, model=SASRec, max_length=config.max_length, batch_size=20)
+    batches, most = queries.newest.shape
+    assert batches == 4
+    text = jax.jit(lambda: queries.vectors(model, None)).lower().as_text()
+    shapes = [tuple(map(int, shape.split("x")[:-1])) for shape in re.findall(r"tensor<((?:\d+x)+)f32>", text)]
+    of_all_batches = {shape for shape in shapes if len(shape) > 2 and shape[0] == batches}
+    assert of_all_batches == {(batches, most, 6)}
+    vectors = np.asarray(queries.vectors(model, None))
+    for user, sequence in enumerate(split.test_history):
+        alone_ = np.asarray(model(alone(sequence[-8:], 8)))[0, min(len(sequence), 8) - 1]
+        np.testing.assert_allclose(vectors[user], alone_, rtol=1e-5, atol=1e-6)

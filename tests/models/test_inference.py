@@ -14,7 +14,7 @@ from models.serving import trained as serving
 from models.serving.trained import TrainedModel, evaluate, in_catalogue
 from models.training import loop
 from models.training.checkpoints import CheckpointError, load_run
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 from tests.models.saved_runs import CONFIG, save_run, small_data
 
 IDS = np.array([f"item {i}" if i else "" for i in range(41)])
@@ -132,12 +132,67 @@ def test_few_shapes_are_compiled(sasrec):
         (["item 1"], 3, r"number 0 is 'item 1'; for a single user give \[history\]"),
         ([["item 1"], 7], 3, "number 1 is 7"),
         ([["item 1"], [["item 2", "item 3"]]], 3, r"number 1 holds \['item 2', 'item 3'\]"),
-        ([[{"id": 3}]], 3, "ids of items, numbers or text, but number 0 holds"),
+        ([[{"id": 3}]], 3, "number 0 holds .*; ids of items are numbers or text"),
     ],
 )
 def test_bad_requests(recommender, histories, k, message):
     with pytest.raises(ValueError, match=message):
         recommender.recommend(histories, k=k)
+
+
+def test_some_items_only(recommender):
+    (all_of_them,) = recommender.recommend([["item 1"]], k=40)
+    (only,) = recommender.recommend([["item 1"]], k=40, only_items=["item 1", "item 7", "item 9", "nothing known"])
+    assert sorted(only.items) == ["item 7", "item 9"]
+    assert only.items == [item for item in all_of_them.items if item in only.items]
+    (without,) = recommender.recommend([["item 1"]], k=40, exclude_items=["item 7"])
+    assert without.items == [item for item in all_of_them.items if item != "item 7"]
+    (both,) = recommender.recommend([["item 1"]], k=40, only_items=["item 7", "item 9"], exclude_items=["item 7"])
+    assert both.items == ["item 9"]
+    with pytest.raises(ValueError, match="leave no item of the catalogue"):
+        recommender.recommend([["item 1"]], only_items=["nothing known"])
+
+
+def test_candidates_of_each_user(recommender):
+    histories = [["item 1"], ["item 2"], ["unknown"], ["item 3"]]
+    candidates = [["item 4", "item 5"], ["item 6"], ["item 7"], []]
+    found = recommender.recommend(histories, k=40, candidates=candidates)
+    assert [sorted(one.items) for one in found] == [["item 4", "item 5"], ["item 6"], [], []]
+    (only,) = recommender.recommend(histories[:1], k=40, candidates=candidates[:1], exclude_items=["item 4"])
+    assert only.items == ["item 5"]
+    with pytest.raises(ValueError, match="candidates must hold one list for each of 4 users, got 1"):
+        recommender.recommend(histories, candidates=[["item 4"]])
+
+
+def test_commands_with_lists_of_items(run, tmp_path, capsys):
+    (tmp_path / "only.txt").write_text("item 7\n\nitem 9\nitem 11\n")
+    (tmp_path / "not.txt").write_text("item 9\n")
+    (tmp_path / "histories.csv").write_text("user,item\nanna,item 1\nbert,item 2\n")
+    (tmp_path / "mine.csv").write_text("user,item\nanna,item 5\nanna,item 6\n")
+    lists = ["--only-items", tmp_path / "only.txt", "--exclude-items", tmp_path / "not.txt"]
+    printed, _ = call(capsys, "recommend", "--checkpoint", run, "--history", "item 1", *lists)
+    assert sorted(line.split()[2] for line in printed.splitlines()[1:]) == ["11", "7"]
+    file = ["--histories", tmp_path / "histories.csv", "--candidates", tmp_path / "mine.csv"]
+    printed, err = call(capsys, "recommend", "--checkpoint", run, *file)
+    assert {tuple(line.split()[:4:3]) for line in printed.splitlines() if line.startswith("anna")} == {
+        ("anna", "5"),
+        ("anna", "6"),
+    }
+    assert "no recommendation for 1 of 2 users" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--users", "u1"], "has no table of users; give the histories instead"),
+        (["--users", "u1", "--history", "item 1"], "give either --history"),
+        (["--history", "item 1", "--candidates", "x.csv"], "candidates belong to users"),
+        (["--history", "item 1", "--only-items", "none.txt"], "only_items: none.txt cannot be read"),
+    ],
+)
+def test_requests_that_make_no_sense(run, capsys, arguments, message):
+    assert main(["recommend", "--checkpoint", str(run), *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_best_and_last(run, tmp_path):
@@ -192,7 +247,7 @@ def test_recommend_prints_a_table(sasrec, recommender, tmp_path, capsys):
 
 
 def test_recommend_to_every_user_of_a_file(sasrec, recommender, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("models.commands.USERS_AT_ONCE", 2)
+    monkeypatch.setattr("models.cli.commands.USERS_AT_ONCE", 2)
     data = tmp_path / "histories.csv"
     rows = [("ann", "item 2", 2), ("bob", "x", 1), ("ann", "item 1", 1), ("cid", "item 5", 1), ("cid", "y", 1)]
     data.write_text("who,what,when\n" + "".join(f"{user},{item},{time}\n" for user, item, time in rows))
@@ -263,7 +318,7 @@ def trained(tmp_path_factory):
         epochs=1,
         min_item_interactions=2,
     )
-    result = loop.train(prepare(load_interactions(config), config), config, "adamw", folder / "run")
+    result = loop.train(make_training_data(load_interactions(config), config), config, "adamw", folder / "run")
     return folder / "run", result
 
 
@@ -303,7 +358,7 @@ def test_evaluate_otherwise(trained, capsys):
     )
     assert "(global-time split at" in printed
     assert "history ranked too" in printed
-    assert "; tested after the last epoch)" in printed
+    assert "; tested after the last epoch; " in printed  # and items that it was trained on
 
 
 def test_evaluate_on_other_data(trained, tmp_path, capsys):

@@ -34,6 +34,8 @@ def test_the_estimate_covers_the_parameters_and_not_much_more(model, sizes):
         ({"num_blocks": 10**9}, "num_blocks"),
         ({"loss": "gbce", "negatives": "per-position", "num_negatives": 10**9}, "num_negatives"),
         ({"loss": "sampled-softmax", "num_negatives": 10**9}, "num_negatives"),
+        ({"model": "gru4rec", "hidden_dim": 10**6}, "hidden_dim"),
+        ({"model": "gru4rec", "num_gru_layers": 10**9}, "num_gru_layers"),
     ],
 )
 def test_the_option_that_lowers_it_is_named(fields, option):
@@ -43,6 +45,12 @@ def test_the_option_that_lowers_it_is_named(fields, option):
     message = str(caught.value)
     assert message.startswith(f"{option} {fields[option]}: training needs about ")
     assert message.endswith(f"lower --{option.replace('_', '-')}")
+
+
+def test_prefixes_take_a_token_each_or_a_row():
+    for separate, tokens in [(False, 7), (True, 7 * 4)]:
+        needs = training_needs(make_config("gru4rec", separate_prefixes=separate), DATA)
+        assert any(need.what.startswith(f"the states of {tokens} tokens") for need in needs)
 
 
 def test_the_sum_counts():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import models.training.prepare
+import models.training.training_data
 from models import plots
 from models.__main__ import main
 from models.data import load_interactions
@@ -24,7 +24,7 @@ from models.reproduce.summaries import TableCells, average_gains
 from models.reproduce.tables import METRICS, load_table, table_names
 from models.training import compare, loop
 from models.training.files import read_history, write_text
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 
 DRAWING = ("training_curves", "panels", "bars", "maps")
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
@@ -103,7 +103,7 @@ def trained(monkeypatch):
         return results
 
     monkeypatch.setattr(loop, "train_seeds", train_seeds)
-    monkeypatch.setattr(models.training.prepare, "prepare", lambda interactions, config: None)
+    monkeypatch.setattr(models.training.training_data, "make_training_data", lambda interactions, config: None)
     return calls
 
 
@@ -318,7 +318,7 @@ class TestFolders:
 
     @pytest.fixture
     def config(self, folder):
-        return load_table("tiny.yaml").rows[0].families[1].config(data=Path("tiny.txt"))
+        return load_table("tiny.yaml").rows[0].groups[1].config(data=Path("tiny.txt"))
 
     @staticmethod
     def write_run(place, config, *, optimizer="sevo-adamw", epochs=1, without=(), **settings):
@@ -443,10 +443,10 @@ def test_real_training(folder, one_row):
     """A cell holds what training alone gives, also after it was trained in two parts."""
     reproduce(seeds=1, epochs=1, arms=("sevo-adamw",))
     reproduce(seeds=1, arms=("sevo-adamw",))
-    family = load_table("tiny.yaml").rows[0].families[1]
-    config = family.config(data="tiny.txt")
-    direct = loop.train(prepare(load_interactions(config), config), config, "sevo-adamw", folder / "direct")
-    cell = Cell.read(cell_path(Path("results"), "tiny", family, 0))
+    group = load_table("tiny.yaml").rows[0].groups[1]
+    config = group.config(data="tiny.txt")
+    direct = loop.train(make_training_data(load_interactions(config), config), config, "sevo-adamw", folder / "direct")
+    cell = Cell.read(cell_path(Path("results"), "tiny", group, 0))
     assert (cell.variant, cell.arm, cell.settings) == ("bce", "sevo-adamw", {})
     assert cell.test == pytest.approx(direct.test, abs=1e-6)
     assert cell.best_epoch == direct.best_epoch
@@ -516,8 +516,8 @@ class TestReport:
 
     def test_numbers(self, results):
         adamw, sevo = (
-            [invented(family.config(), family.arm, seed).test for seed in range(seeds)]
-            for family, seeds in zip(load_table("tiny.yaml").rows[0].families, (4, 3), strict=True)
+            [invented(group.config(), group.arm, seed).test for seed in range(seeds)]
+            for group, seeds in zip(load_table("tiny.yaml").rows[0].groups, (4, 3), strict=True)
         )
         ndcg = {name: [x["NDCG@10"] for x in tests] for name, tests in (("adamw", adamw), ("sevo", sevo))}
         mean, sd = np.mean(ndcg["sevo"]), np.std(ndcg["sevo"], ddof=1)
@@ -547,9 +547,9 @@ class TestReport:
         assert self.lines(results, "| someone else")[0][5] == "0.4000 ± 0.0100"
 
     def test_the_best_of_what_is_varied_is_chosen_on_validation(self, results):
-        families = load_table("tiny.yaml").rows[1].families[1:]
+        groups = load_table("tiny.yaml").rows[1].groups[1:]
         best = max(
-            families, key=lambda x: np.mean([invented(x.config(), x.arm, i).validation["NDCG@10"] for i in range(3)])
+            groups, key=lambda x: np.mean([invented(x.config(), x.arm, i).validation["NDCG@10"] for i in range(3)])
         )
         text = (results / "README.md").read_text()
         assert f"**sevo-adamw (beta {best.settings['beta']})**" in text
@@ -623,7 +623,7 @@ class TestReport:
 @pytest.mark.parametrize("name", table_names())
 def test_tables_can_be_trained(name):
     table = load_table(name)
-    paths = [cell_path(Path(), table.name, family, 0) for row in table.rows for family in row.families]
+    paths = [cell_path(Path(), table.name, group, 0) for row in table.rows for group in row.groups]
     assert len(set(paths)) == len(paths) >= 3
 
 
@@ -681,7 +681,7 @@ def test_the_settings_of_plain_adam_are_those_behind_the_table():
             continue
         x = settings[row.dataset, row.subject.partition(" ")[0]]
         arm = row.arms[0]
-        config = next(family for family in row.families if family.arm == arm).config()
+        config = next(group for group in row.groups if group.arm == arm).config()
         assert (arm, config.learning_rate, config.epochs, config.batch_size, config.b1, config.b2) == (
             x["optimizer"],
             *(kind(x[name]) for name, kind in [("lr", float), ("epochs", int), ("batch_size", int)]),
@@ -841,7 +841,7 @@ class TestSharing:
         reproduce(table="figure.yaml", seeds=1)
         assert len(trained) == before + 2
         found = Cells(Path("results"))
-        assert all(len(found.of("figure", x)) == 1 for x in load_table("figure.yaml").rows[0].families)
+        assert all(len(found.of("figure", x)) == 1 for x in load_table("figure.yaml").rows[0].groups)
 
     def test_a_short_run_of_another_table_goes_on_there(self, figure, trained):
         reproduce(seeds=1, epochs=1, arms=("adamw",))
@@ -850,7 +850,7 @@ class TestSharing:
         assert Cell.read(Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")).epochs == 2
 
     def test_what_counts(self, figure):
-        neumann = load_table("figure.yaml").rows[0].families[2]
+        neumann = load_table("figure.yaml").rows[0].groups[2]
         assert neumann.settings == {"smoothing": "neumann", "beta": 0.99}
         usual = neumann.config()
 
@@ -866,9 +866,9 @@ class TestSharing:
 
     def test_other_data_and_missing_diagnostics_are_not_shared(self, figure, trained):
         reproduce(seeds=1, arms=("sevo-adamw",))
-        family = load_table("figure.yaml").rows[0].families[2]
-        config, found = family.config(data=Path("tiny.txt")), Cells(Path("results"))
-        assert found.shared(family, config) is not None
+        group = load_table("figure.yaml").rows[0].groups[2]
+        config, found = group.config(data=Path("tiny.txt")), Cells(Path("results"))
+        assert found.shared(group, config) is not None
         for other in [
             {"data": Path("else.txt")},
             {"diagnostics": True},
@@ -876,11 +876,11 @@ class TestSharing:
             {"epochs": 9},
             {"keep_epochs": (1,)},
         ]:
-            assert found.shared(family, dataclasses.replace(config, **other)) is None
+            assert found.shared(group, dataclasses.replace(config, **other)) is None
 
     def test_published_figures_are_for_settings(self, figure):
-        families = load_table("figure.yaml").rows[0].families
-        assert [x.published.metrics if x.published else None for x in families[1:]] == [
+        groups = load_table("figure.yaml").rows[0].groups
+        assert [x.published.metrics if x.published else None for x in groups[1:]] == [
             None,
             {"NDCG@10": 0.33},
             None,
@@ -1018,7 +1018,7 @@ rows:
 
 
 def test_maps_of_a_run(folder, monkeypatch):
-    """Item tables are kept before and after training, projected after the run, and drawn from the results alone."""
+    """Item tables are kept before and after training, projected when it is over, and drawn from the results alone."""
     Path("maps.yaml").write_text(MAPS)
     lines = [f"{i}\t{'Drama|Crime' if i % 2 else 'Action'}" for i in range(1, 20)]
     Path("genres.tsv").write_text("item_id\tgenres\n" + "\n".join(lines) + "\n")
@@ -1065,15 +1065,15 @@ class TestClaims:
             "figure-3": {},
         }.items():
             for row in load_table(table).rows:
-                for family in row.families:
-                    config = family.config(data=Path("x.txt"))
-                    score = values.get((row.dataset, family.settings.get("num_layers")), 0.03)
-                    result = dataclasses.asdict(invented(config, family.arm, 0))
+                for group in row.groups:
+                    config = group.config(data=Path("x.txt"))
+                    score = values.get((row.dataset, group.settings.get("num_layers")), 0.03)
+                    result = dataclasses.asdict(invented(config, group.arm, 0))
                     result |= {"test": dict.fromkeys(METRICS, score), "best_epoch": config.epochs}
-                    result |= {"epoch_seconds": 1.1 if family.arm == "sevo-adamw" else 1.0}
+                    result |= {"epoch_seconds": 1.1 if group.arm == "sevo-adamw" else 1.0}
                     history = [{"epoch": i, "loss": 1.0} for i in range(1, config.epochs + 1)]
-                    cell = Cell.from_result(table, family, config, result, history, versions={})
-                    cell.write(cell_path(Path("results"), table, family, 0))
+                    cell = Cell.from_result(table, group, config, result, history, versions={})
+                    cell.write(cell_path(Path("results"), table, group, 0))
         found = Cells(Path("results"))
         tables = {name: TableCells.of(load_table(name), found) for name in table_names()}
         lines = {line[0]: line[1:] for line in claim_lines(tables)}
@@ -1088,7 +1088,7 @@ class TestClaims:
         reproduce(seeds=2)
         (row, _) = TableCells.of(load_table("tiny.yaml"), Cells(Path("results"))).rows
         (gain,) = average_gains([row], "adamw")
-        tests = [[invented(x.config(), x.arm, seed).test for seed in (0, 1)] for x in row.row.families]
+        tests = [[invented(x.config(), x.arm, seed).test for seed in (0, 1)] for x in row.row.groups]
         means = [{m: np.mean([test[m] for test in arm]) for m in METRICS} for arm in tests]
         assert gain.gain == pytest.approx(np.mean([means[1][m] / means[0][m] - 1 for m in METRICS]), abs=1e-4)
         assert (gain.subject, gain.datasets, gain.short) == ("SASRec", ("tiny",), False)

@@ -14,24 +14,25 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
-from models.config import TrainConfig
-from models.data import Interactions, drifting_interests
+from models.architectures.registry import make_config
+from models.config import SourceConfig
+from models.data import Interactions, drifting_interests, load_interactions, split_interactions
 from models.files import LOCK, claim
 from models.training import checkpoints, loop, run
 from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo, fingerprint, load_run
 from models.training.interrupts import stop_gently
 from models.training.overlap import overlap_note
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 from tests.models.saved_runs import ToyProgram, save_run, small_data
 from tests.models.test_files import small_files
 
 ROOT = Path(__file__).parents[2]
-CONFIG = TrainConfig(max_length=8, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1).resolved()
+CONFIG = make_config(max_length=8, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1)
 
 
 @pytest.fixture(scope="module")
 def prepared():
-    return prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
+    return make_training_data(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
 
 
 @pytest.fixture
@@ -99,10 +100,10 @@ class TestOthersFiles:
         assert Checkpoints(trained).epochs() == [2]
 
     def test_what_a_killed_process_left_unfinished_goes(self, prepared, trained):
-        for folder in (trained, trained / "checkpoints"):
-            (folder / ".partial-1-abc").write_bytes(b"half")
+        (trained / ".partial-1-abc").write_bytes(b"half")
+        (trained / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
         train(prepared, trained, resume=True, epochs=8)
-        assert not list(trained.rglob(".partial*"))
+        assert not [*trained.rglob(".partial*"), *trained.rglob("*-tmp*")]
 
 
 class TestOneAtATime:
@@ -151,7 +152,7 @@ class TestResuming:
 
     def test_the_ids_of_another_run_are_refused(self, prepared, trained, tmp_path):
         ids = prepared.interactions.item_ids
-        other = prepare(dataclasses.replace(prepared.interactions, item_ids=ids[::-1]), CONFIG)
+        other = make_training_data(dataclasses.replace(prepared.interactions, item_ids=ids[::-1]), CONFIG)
         train(other, tmp_path / "other")
         shutil.copy(tmp_path / "other" / "items.npz", trained / "items.npz")
         for attempt in (lambda: load_run(trained), lambda: train(prepared, trained, resume=True, epochs=8)):
@@ -161,10 +162,13 @@ class TestResuming:
     @pytest.mark.parametrize("other", [{"seed": 2}, {"learning_rate": 0.5}])
     def test_checkpoints_of_another_run_are_refused(self, prepared, trained, tmp_path, other):
         train(prepared, tmp_path / "other", **other)
-        shutil.copy(tmp_path / "other" / "checkpoints" / "6.npz", trained / "checkpoints" / "6.npz")
+        shutil.rmtree(trained / "checkpoints" / "6")
+        shutil.copytree(tmp_path / "other" / "checkpoints" / "6", trained / "checkpoints" / "6")
         before = contents(trained)
         for attempt in (lambda: load_run(trained), lambda: train(prepared, trained, resume=True, epochs=8)):
-            with pytest.raises(CheckpointError, match=r"6\.npz belongs to another run than .*run\.json; move it away"):
+            with pytest.raises(
+                CheckpointError, match=r"checkpoints/6 belongs to another run than .*run\.json; move it away"
+            ):
                 attempt()
         assert contents(trained) == before
 
@@ -191,19 +195,19 @@ class TestFingerprint:
         times = np.concatenate([np.sort(rng.integers(0, 1000, n)) for n in data.lengths])
         data = dataclasses.replace(data, times=times)
         config = dataclasses.replace(CONFIG, split="global-time", split_times=("400", "700"))
-        loop.train(prepare(data, config), config, "adamw", tmp_path)
+        loop.train(make_training_data(data, config), config, "adamw", tmp_path)
         more = dataclasses.replace(config, epochs=8)
         moved = dataclasses.replace(data, times=times + (times > 800))
         with pytest.raises(CheckpointError, match="was trained on other data"):
-            loop.train(prepare(moved, config), more, "adamw", tmp_path, resume=True)
-        assert len(loop.train(prepare(data, config), more, "adamw", tmp_path, resume=True).losses) == 8
+            loop.train(make_training_data(moved, config), more, "adamw", tmp_path, resume=True)
+        assert len(loop.train(make_training_data(data, config), more, "adamw", tmp_path, resume=True).losses) == 8
 
     def test_runs_of_the_first_format_go_on(self, tmp_path, toy):
         """Their fingerprint left times out, and they had neither identity nor a digest of the items' ids."""
         data = drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3)
         data = dataclasses.replace(data, times=np.concatenate([np.arange(n) for n in data.lengths]))
         config = dataclasses.replace(CONFIG, split="global-time", split_times=("4", "8"))
-        prepared = prepare(data, config)
+        prepared = make_training_data(data, config)
         whole = loop.train(prepared, dataclasses.replace(config, epochs=8), "adamw", tmp_path / "whole")
         loop.train(prepared, config, "adamw", tmp_path / "old")
         as_of_old(tmp_path / "old", data=fingerprint(data))
@@ -213,8 +217,8 @@ class TestFingerprint:
 
 
 def as_of_old(folder, **fields):
-    """Turns a run into one as the first version left it: checkpoints in folders, less in ``run.json``."""
-    import tensorstore
+    """Turns a run into one as the first version left it: no run in progress, less in ``run.json``."""
+    import orbax.checkpoint as ocp
 
     values = json.loads((folder / "run.json").read_text())
     kept = {name: values[name] for name in ("optimizer", "config", "num_items", "data")}
@@ -225,18 +229,13 @@ def as_of_old(folder, **fields):
     )
     for epoch in Checkpoints(folder).epochs():
         checkpoint = Checkpoints(folder).load(epoch)
-        (folder / "checkpoints" / f"{epoch}.npz").unlink()
-        place = folder / "checkpoints" / str(epoch)
-        (place / "note").mkdir(parents=True)
-        store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{place / 'state'}/"}}
-        for name, x in checkpoint.leaves.items():
-            array = tensorstore.open(
-                {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}, create=True, dtype=x.dtype, shape=x.shape
-            ).result()
-            array.write(x).result()
+        shutil.rmtree(folder / "checkpoints" / str(epoch))
         progress = {name: x for name, x in checkpoint.progress.items() if name != "run"}
         note = {"digest": checkpoints._digest(checkpoint.leaves), "progress": progress}
-        (place / "note" / "metadata").write_text(json.dumps(note))
+        parts = ocp.args.Composite(state=ocp.args.StandardSave(checkpoint.leaves), note=ocp.args.JsonSave(note))
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        with ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options) as manager:
+            manager.save(epoch, args=parts, force=True)
 
 
 def test_a_model_of_the_first_format_is_loaded(tmp_path):
@@ -249,7 +248,7 @@ def test_a_model_of_the_first_format_is_loaded(tmp_path):
     for one, two in zip(flat(found.model), flat(wanted.model), strict=True):
         np.testing.assert_array_equal(one, two)
     shutil.rmtree(old / "checkpoints" / "2" / "state" / "d")
-    with pytest.raises(CheckpointError, match=r"checkpoints/2 cannot be read"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 cannot be read \(files of it are missing\)"):
         load_run(old)
 
 
@@ -307,26 +306,24 @@ class TestDamage:
                 train(prepared, trained, resume=True, epochs=8)
 
     def test_progress_counts_too(self, trained):
-        path = trained / "checkpoints" / "6.npz"
-        with np.load(path) as file:
-            arrays = dict(file)
-        note = json.loads(arrays["note"].item())
+        path = trained / "checkpoints" / "6" / "note" / "metadata"
+        note = json.loads(path.read_text())
         note["progress"]["best_epoch"] = 2 if note["progress"]["best_epoch"] != 2 else 4
-        np.savez(path, **arrays | {"note": np.array(json.dumps(note))})
-        with pytest.raises(CheckpointError, match=r"6\.npz is damaged: its contents do not match its digest"):
+        path.write_text(json.dumps(note))
+        with pytest.raises(CheckpointError, match=r"checkpoints/6 is damaged: its contents do not match its digest"):
             Checkpoints(trained).load(6)
 
     def test_a_full_disk_while_a_checkpoint_is_written(self, prepared, tmp_path, toy, monkeypatch, capfd, caplog):
         save = Checkpoints.save
 
         def full(self, checkpoint):
-            with small_files() if checkpoint.epoch == 4 else contextlib.nullcontext():
+            with small_files(100) if checkpoint.epoch == 4 else contextlib.nullcontext():
                 save(self, checkpoint)
 
         monkeypatch.setattr(Checkpoints, "save", full)
         with pytest.raises(CheckpointError, match=r"epoch 4 cannot be written to .*File too large.*of epoch 2 is kept"):
             train(prepared, tmp_path)
-        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2.npz"]
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
         assert not caplog.records
         assert "Traceback" not in "".join(capfd.readouterr())
 
@@ -426,7 +423,7 @@ def file(timed, tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(file, tmp_path_factory):
     """The folder of a run on that file."""
-    return save_run(tmp_path_factory.mktemp("run"), TrainConfig(data=file).load_interactions(), data=file)
+    return save_run(tmp_path_factory.mktemp("run"), load_interactions(SourceConfig(data=file)), data=file)
 
 
 class TestOverlap:
@@ -434,9 +431,9 @@ class TestOverlap:
     def expected(saved, config):
         """Counted one by one."""
         theirs = load_run(saved).info.config
-        data = config.load_interactions()
-        train = theirs.split_interactions(data).train
-        split = config.split_interactions(data)
+        data = load_interactions(config)
+        train = split_interactions(data, theirs).train
+        split = split_interactions(data, config)
         trained = {
             (user, item) for user, items in zip(train.user_ids.tolist(), train, strict=True) for item in items.tolist()
         }
@@ -453,7 +450,7 @@ class TestOverlap:
         count, total = self.expected(saved, config)
         assert 0 < count < total
         line = self.evaluate(capsys, saved, "--split", "global-time", "--split-times", *times)
-        assert line.endswith(f"; {count} of the {total} test items are ones that the run was trained on)")
+        assert f"; {count} of the {total} test items are ones that the run was trained on; tested at" in line
         assert "are ones that the run was trained on" not in self.evaluate(capsys, saved)
 
     def test_other_data(self, saved, file, tmp_path, capsys):
@@ -464,7 +461,7 @@ class TestOverlap:
         other = tmp_path / "shorter.csv"
         other.write_text("\n".join([lines[0], *kept]))
         line = self.evaluate(capsys, saved, "--data", other)
-        assert line.endswith("; 60 of the 60 test items are ones that the run was trained on)")
+        assert "; 60 of the 60 test items are ones that the run was trained on; tested at" in line
         strangers = tmp_path / "strangers.csv"
         strangers.write_text("\n".join([lines[0], *(f"x{row}" for row in lines[1:])]))
         assert "trained on" not in self.evaluate(capsys, saved, "--data", strangers)
@@ -493,7 +490,7 @@ class TestCommands:
         ("arguments", "name"),
         [
             (("export", "--output"), "items.npz"),
-            (("export", "--output"), "checkpoints/2.npz"),
+            (("export", "--output"), "checkpoints/2"),
             (("evaluate", "--output"), "run.json"),
             (("evaluate", "--per-user"), "history.jsonl"),
             (("recommend", "--history", "1", "--output"), "result.csv"),

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.__main__ import main
 from models.architectures.registry import make_config
 from models.data import drifting_interests
 from models.training import compare, loop
 from models.training.checkpoints import Checkpoints
 from models.training.files import read_history
-from models.training.prepare import prepare
 from models.training.run import Result
+from models.training.training_data import make_training_data
 from tests.models.saved_runs import ToyProgram
 
 CONFIG = make_config(
@@ -25,7 +26,7 @@ CONFIG = make_config(
 
 @pytest.fixture(scope="module")
 def prepared():
-    return prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
+    return make_training_data(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
 
 
 @pytest.fixture(autouse=True)
@@ -219,15 +220,14 @@ def test_an_interrupted_epoch_that_becomes_the_last_is_evaluated(prepared, tmp_p
     """Saved after epoch 3, between two evaluations, and asked for no more than these three."""
     whole = loop.train(prepared, dataclasses.replace(CONFIG, epochs=3), "adamw", tmp_path / "whole")
 
-    class Bar(loop.tqdm):
-        def update(self, n=1):
-            found = super().update(n)
-            if self.n == 2:
+    class Interrupted(loop.Progress):
+        def epoch(self, number, **shown):
+            super().epoch(number, **shown)
+            if number == 2:
                 signal.raise_signal(signal.SIGINT)
-            return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "tqdm", Bar)
+        patch.setattr(loop, "Progress", Interrupted)
         with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 3"):
             loop.train(prepared, CONFIG, "adamw", tmp_path / "run")
     resumed = loop.train(prepared, dataclasses.replace(CONFIG, epochs=3), "adamw", tmp_path / "run", resume=True)
@@ -298,6 +298,20 @@ class TestCompare:
         with pytest.raises(compare.ComparisonDivergedError, match="sevo-gradient-1"):
             compare.compare(None, CONFIG, tmp_path)
         assert not (tmp_path / "compare.json").exists()
+
+    def test_the_command_shows_what_there_is_and_fails(self, tmp_path, capsys, seeds_that_diverge):
+        seeds_that_diverge |= {("sevo-adamw", 1)}
+        data = tmp_path / "data.txt"
+        data.write_text("".join(f"{u} {' '.join(str(1 + (3 * u + i) % 20) for i in range(6))}\n" for u in range(1, 21)))
+        arguments = ["compare", "--data", data, "--seed", 1, "--seeds", 2, "--output-dir", tmp_path / "out"]
+        assert main([str(argument) for argument in arguments]) == 2
+        printed = capsys.readouterr()
+        assert [line.split()[0] for line in printed.out.splitlines() if "0.5000" in line] == [
+            "adamw",
+            "sevo-adamw",
+            "sevo-gradient",
+        ]
+        assert printed.err.endswith("error: sevo-adamw-1: the loss is nan\n")
 
     def test_files_that_no_comparison_wrote_stay(self, tmp_path, seeds_that_diverge):
         (tmp_path / "compare.png").write_bytes(b"mine")

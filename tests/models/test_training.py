@@ -18,8 +18,8 @@ from models.objectives.objective import training_loss
 from models.training import compare, loop
 from models.training.files import read_history, write_json
 from models.training.optimizers import make_schedule, make_stages
-from models.training.prepare import prepare
 from models.training.program import make_epoch
+from models.training.training_data import make_training_data
 from sevo_optax import scale_by_adam_corrected, smooth, smoothness
 
 
@@ -42,7 +42,7 @@ BCE = Loss(binary_cross_entropy, against_unseen=True)
 
 @pytest.fixture(scope="module")
 def prepared():
-    return prepare(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
+    return make_training_data(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
 
 
 def start(prepared, optimizer):
@@ -125,7 +125,7 @@ def test_held_out_items_do_not_reach_the_graph():
     sequences = [[1, 2, 3, 4, 5], [2, 3, 6, 7], [1, 5, 2, 6, 3]]
     held_out_changed = [[1, 2, 3, 7, 6], [2, 3, 1, 4], [1, 5, 2, 4, 7]]
     first, second = (
-        prepare(Interactions.from_sequences(s, num_items=7), CONFIG).nodes.adjacency.todense()
+        make_training_data(Interactions.from_sequences(s, num_items=7), CONFIG).nodes.adjacency.todense()
         for s in (sequences, held_out_changed)
     )
     np.testing.assert_array_equal(first, second)
@@ -347,7 +347,7 @@ def test_ranks_of_users(prepared, tmp_path):
 
 def test_seen_items_are_ranked_on_request(prepared):
     config = dataclasses.replace(CONFIG, epochs=2, exclude_seen=False, ks=(40,))
-    everything = loop.train(prepare(prepared.interactions, config), config, "adamw")
+    everything = loop.train(make_training_data(prepared.interactions, config), config, "adamw")
     unseen = loop.train(prepared, dataclasses.replace(config, exclude_seen=True), "adamw")
     assert everything.losses == unseen.losses
     assert everything.test["MRR@40"] < unseen.test["MRR@40"]

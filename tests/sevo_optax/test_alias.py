@@ -18,6 +18,7 @@ from sevo_optax import (
     sevo_sgd,
     smooth,
 )
+from tests.jax_names import enable_x64
 from tests.sevo_optax import reference
 
 NODES, DIM = 7, 3
@@ -346,7 +347,7 @@ def test_hyperparameters_reach_their_places():
     adjacency = reference.normalize(dense)
     params = rng.normal(size=(NODES, DIM))
     grads = rng.normal(size=(4, NODES, DIM)) * (rng.random((4, NODES, 1)) < 0.6)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx = sevo_adamw(
             lambda step: 0.1 + 0.1 * step / 3,
             adjacency,

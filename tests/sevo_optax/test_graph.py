@@ -16,6 +16,7 @@ from jax.experimental import sparse as jsparse
 
 from sevo_optax import _weights, graph
 from sevo_optax.graph import _files, _matrices, _parquet
+from tests.jax_names import enable_x64
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -736,7 +737,7 @@ def test_scipy_round_trip():
 def test_to_bcoo_takes_a_dtype():
     csr = _weights.symmetric_csr(PLAIN)
     assert _weights.to_bcoo(csr, jnp.bfloat16).dtype == jnp.bfloat16
-    with jax.enable_x64(True):
+    with enable_x64(True):
         wide = _weights.to_bcoo(csr, np.float64)
         assert wide.dtype == np.float64
         assert wide.indices.dtype == np.int32

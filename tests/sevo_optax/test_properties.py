@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental import sparse
 
 from sevo_optax import scale_by_adam_corrected, smooth, smoothness
+from tests.jax_names import enable_x64
 from tests.sevo_optax import reference
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -211,7 +212,7 @@ def test_moments_match_the_dense_reference(period, b1, b2, corrected):
 
 def test_theorem_3_over_a_very_long_idle_period():
     """Two thousand idle steps in single precision: rounding does not accumulate into a drift."""
-    with jax.enable_x64(False):
+    with enable_x64(False):
         tx = scale_by_adam_corrected(0.9, 0.98)
         state = tx.init(jnp.zeros((1, DIM)))
         first, state = tx.update(jnp.array([[1.0, -2.0, 3.0]]), state)

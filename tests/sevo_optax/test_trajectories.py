@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from sevo_optax import sevo_adam, sevo_adamw, sevo_sgd
+from tests.jax_names import enable_x64
 from tests.sevo_optax import reference
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "reference_trajectories.npz"
@@ -86,7 +87,7 @@ def test_trajectory(name, dtype, tolerance, kind, source):
         """Two tables whose alphabetical order is not their order in the graph, or one table."""
         return {"user": matrix[..., :SPLIT, :], "item": matrix[..., SPLIT:, :]} if joint else matrix
 
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         tx = optimizer(kind, case, method, ("user", "item") if joint else None)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree(case["params0"]))
         grads = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree(case["grads"]))

@@ -1,18 +1,49 @@
 """What the tests of several architectures share."""
 
+import csv
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
+from models import presets
+from models.architectures.registry import config_from_dict, make_config
+from models.checks import SAMPLED_LOSSES
+from models.data import drifting_interests, leave_one_out
+from models.evaluation.ranking import FullRanking
 from models.feeds import Batch, NegativeSampler
 from models.objectives.losses import make_loss
 from models.objectives.objective import training_loss
+from models.serving.export import PLATFORMS, export_scores
+from models.serving.trained import TrainedModel
+from models.training import loop
+from models.training.checkpoints import Checkpoints, load_run
+from models.training.training_data import make_training_data
 
 # In these tests the negative of a query depends on its user alone, so that it is the same however users are batched.
 NEGATIVE_STRIDE = 7
+NUM_ITEMS = 25
+
+PUBLISHED = Path(__file__).resolve().parents[3].parent / "shared" / "reference" / "hyperparameters.csv"
+# Columns of the published settings that mean the same for every model, and the fields of a configuration.
+COLUMNS = {
+    "maxlen": "max_length",
+    "K_maxlen4graph": "graph_max_length",
+    "embedding_dim": "embedding_dim",
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "beta1": "b1",
+    "beta2": "b2",
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "beta": "beta",
+    "L": "num_layers",
+    "H": "max_hops",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +145,8 @@ def check_every_loss(make_model, config, packed, interactions, *, dead=()):
     """Every loss that the model offers gives finite gradients, and some on every parameter that has an effect."""
     sampler = NegativeSampler.from_interactions(interactions)
     for loss in config.losses:
-        mine = dataclasses.replace(config, loss=loss, num_negatives=5).checked()
+        few = {"num_negatives": 5} if loss in SAMPLED_LOSSES else {}
+        mine = dataclasses.replace(config, loss=loss, **few).checked()
         value, gradient = loss_and_gradient(make_model(), mine, packed.batch(0), sampler, key=jax.random.key(3))
         assert np.isfinite(value)
         for path, leaf in gradient.items():
@@ -152,3 +184,76 @@ def check_neighbours(model, batch, num_items):
     before, after = (np.asarray(encode(model, x)) for x in (batch, changed))
     np.testing.assert_array_equal(before[~mine], after[~mine])
     assert (before[mine] != after[mine]).any()
+
+
+def check_presets(name, columns):
+    """The presets of a model are the published settings, with SEvo and plain, and its defaults those for Beauty.
+
+    ``columns`` has what the model alone has: columns of the published settings, and its fields.
+    """
+    model = name.lower()
+    datasets = ("beauty", "toys", "tools", "ml-1m")
+    expected = {f"{model}{arm}-{dataset}" for arm in ("", "-adam") for dataset in datasets}
+    assert {preset for preset in presets.names() if preset.split("-")[0] == model} == expected
+    configs = {preset: config_from_dict(presets.load_preset(preset)) for preset in expected}
+    assert configs[f"{model}-beauty"] == make_config(model)
+    assert {config.loss for config in configs.values()} == {"bpr"}
+    if not PUBLISHED.exists():
+        pytest.skip(f"the published settings are not beside this clone: {PUBLISHED.name}")
+    arms = {"sevo": ("", "sevo-adamw"), "plain-table3-inferred": ("-adam", "adam")}
+    found = set()
+    with PUBLISHED.open() as file:
+        for row in csv.DictReader(file):
+            if row["model"] != name or row["role"] not in arms:
+                continue
+            arm, optimizer = arms[row["role"]]
+            preset = f"{model}{arm}-{row['dataset']}"
+            found.add(preset)
+            assert configs[preset].optimizer == optimizer
+            for theirs, ours in (COLUMNS | columns).items():
+                if row[theirs]:
+                    assert getattr(configs[preset], ours) == float(row[theirs]), (preset, ours)
+    assert found == expected
+
+
+def check_a_run(config, directory, monkeypatch):
+    """Trains, goes on after an interruption, recommends and exports; returns the run's losses."""
+    data = drifting_interests(num_users=40, num_items=NUM_ITEMS, num_groups=4, mean_length=6, seed=3)
+    prepared = make_training_data(data, config)
+    whole = loop.train(prepared, config, config.optimizer, directory / "whole")
+    assert np.isfinite(whole.losses).all()
+    with monkeypatch.context() as patch:
+        record = loop.Run.record
+
+        def breaking(self, entry):
+            record(self, entry)
+            if entry["epoch"] == 1:
+                raise KeyboardInterrupt
+
+        patch.setattr(loop.Run, "record", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(prepared, config, config.optimizer, directory / "broken")
+    resumed = loop.train(prepared, config, config.optimizer, directory / "broken", resume=True)
+    assert (resumed.losses, resumed.test) == (whole.losses, whole.test)
+    first, second = (Checkpoints(directory / name).load(config.epochs).leaves for name in ("whole", "broken"))
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+    run = load_run(directory / "whole")
+    history = leave_one_out(data).test_history
+    ranking = FullRanking.prepare(
+        history, leave_one_out(data).test, model=type(run.model), config=config, exclude_seen=False
+    )
+    best = jax.jit(lambda ranking: ranking.top_items(run.model, {}, 9))(ranking)
+    recommended = TrainedModel.load(directory / "whole").recommend(list(history), k=9, exclude_seen=False)
+    assert [one.items for one in recommended] == best.tolist()
+    exported = export_scores(run)
+    assert exported.platforms == PLATFORMS
+    rows = np.zeros((len(recommended), config.max_length), np.int32)
+    for row, items in zip(rows, history, strict=True):
+        row[: min(len(items), config.max_length)] = items[-config.max_length :]
+    scores = np.asarray(exported.call(rows))
+    for one, mine in zip(recommended, scores, strict=True):
+        np.testing.assert_allclose(mine[one.items], one.scores, rtol=1e-4, atol=1e-5)
+    return whole.losses

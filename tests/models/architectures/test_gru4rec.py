@@ -5,11 +5,13 @@ import pytest
 from flax import nnx
 
 from models.architectures.gru4rec import GRU4Rec, GRU4RecConfig
+from models.architectures.registry import make_config
 from models.data import drifting_interests
 from models.feeds import Prefixes, pack
 from tests.models.architectures import checks
 
-MAX_LENGTH, NUM_ITEMS = 30, 25
+NUM_ITEMS = checks.NUM_ITEMS
+MAX_LENGTH = 30
 CONFIG = GRU4RecConfig(max_length=MAX_LENGTH, embedding_dim=6, hidden_dim=8)
 
 
@@ -176,3 +178,18 @@ def test_bad_options(options, message):
         GRU4RecConfig(**options).checked()
     with pytest.raises(ValueError, match=message):
         GRU4Rec(5, **options, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("options", [{}, {"separate_prefixes": True, "optimizer": "adam", "weight_decay": 1e-6}])
+def test_a_run(tmp_path, monkeypatch, options):
+    sizes = {"max_length": 8, "embedding_dim": 6, "hidden_dim": 8, "epochs": 2, "batch_size": 60, "eval_every": 1}
+    checks.check_a_run(make_config("gru4rec", **sizes, **options), tmp_path, monkeypatch)
+
+
+def test_presets():
+    fields = {
+        "dropout_embedding_or_feature": "dropout_rate",
+        "hidden_size": "hidden_dim",
+        "num_layers": "num_gru_layers",
+    }
+    checks.check_presets("GRU4Rec", fields)

@@ -20,6 +20,7 @@ from tests.models.architectures.sessions import (
     NUM_ITEMS,
     REPEATING,
     check_gradient,
+    check_presets,
     encode,
     every_prefix,
     gradient,
@@ -27,6 +28,7 @@ from tests.models.architectures.sessions import (
     interactions,
     packed_rows,
     parameters,
+    weighed,
 )
 
 DIM = 4
@@ -153,8 +155,8 @@ def test_all_prefixes_in_one_pass_equal_the_reference():
     filled = np.asarray(batch.segments) > 0
     running, values, prefixes = statistics(model), parameters(model), every_prefix(DISTINCT)
     direction = np.random.default_rng(1).normal(size=(len(prefixes), DIM))
-    np.testing.assert_allclose(encode(model, batch)[filled], reference(values, prefixes, running)[0], rtol=1e-9)
-    grads = gradient(model, lambda model: jnp.sum(model.encode(batch).vectors[filled] * direction))
+    (_, vectors), grads = gradient(model, weighed(batch, np.nonzero(filled), direction))
+    np.testing.assert_allclose(vectors[filled], reference(values, prefixes, running)[0], rtol=1e-9)
     check_gradient(grads, values, lambda values: np.sum(direction * reference(values, prefixes, running)[0]))
 
 
@@ -166,13 +168,12 @@ def test_training_with_repeats_equals_the_reference():
     running, values = statistics(model), parameters(model)
     direction = np.random.default_rng(1).normal(size=(len(REPEATING), DIM))
     key = jax.random.key(0)
-    vectors = np.asarray(encode(model, batch, key))[ends]
+    (_, vectors), grads = gradient(model, weighed(batch, ends, direction, key), state=True)
     expected, seen = reference(values, REPEATING)
-    np.testing.assert_allclose(vectors, expected, rtol=1e-9)
+    np.testing.assert_allclose(vectors[ends], expected, rtol=1e-9)
     for name, (mean, var) in statistics(model).items():
         np.testing.assert_allclose(mean, 0.9 * running[name][0] + 0.1 * seen[name][0], rtol=1e-9, err_msg=name)
         np.testing.assert_allclose(var, 0.9 * running[name][1] + 0.1 * seen[name][1], rtol=1e-9, err_msg=name)
-    grads = gradient(model, lambda model: jnp.sum(model.encode(batch, None, key).vectors[ends] * direction))
     check_gradient(grads, values, lambda values: np.sum(direction * reference(values, REPEATING)[0]), rtol=1e-4)
 
 
@@ -221,9 +222,9 @@ def test_one_pass_and_separate_prefixes_have_the_same_loss_and_gradient():
         return training_loss(model, loss, batch, {}, sampler, jax.random.key(0), deterministic=True)
 
     chain, graph = (make(15, separate_prefixes=separate, num_blocks=2) for separate in (False, True))
-    loss_of = nnx.jit(value)
-    np.testing.assert_allclose(loss_of(chain, packed), loss_of(graph, prefixes), rtol=1e-6)
-    expected, found = gradient(chain, partial(value, batch=packed)), gradient(graph, partial(value, batch=prefixes))
+    (one,), expected = gradient(chain, partial(value, batch=packed))
+    (other,), found = gradient(graph, partial(value, batch=prefixes))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
     for name in expected | found:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-6, err_msg=name)
 
@@ -296,7 +297,7 @@ def test_every_loss_reaches_every_parameter(loss):
     feed = partial(pack, count_targets=True) if loss == "bpr" else Prefixes.from_interactions
     batch = feed(train, max_length=20, batch_size=100).batch(0)
     sampler = NegativeSampler.from_interactions(train)
-    grads = gradient(
+    _, grads = gradient(
         model, lambda model: training_loss(model, make_loss(config), batch, {}, sampler, jax.random.key(0))
     )
     for name, grad in grads.items():
@@ -344,7 +345,8 @@ def test_copies_of_a_node_share_dropout():
     graph = SessionGraph.build(batch.inputs, batch.segments)
     x = model.item_embedding(batch.inputs)
     for block in model.blocks:
-        x = jnp.concatenate([block(x, batch.segments, graph, graph.nodes, jax.random.key(0)), x], axis=-1)
+        layer = nnx.jit(lambda block, x: block(x, batch.segments, graph, graph.nodes, jax.random.key(0)))
+        x = jnp.concatenate([layer(block, x), x], axis=-1)
         np.testing.assert_allclose(x[0, :8], np.broadcast_to(x[0, 0], x[0, :8].shape), rtol=1e-5, atol=1e-6)
 
 
@@ -362,3 +364,7 @@ def test_a_batch_without_tokens_changes_no_statistics():
     assert np.isfinite(y).all()
     np.testing.assert_array_equal(norm.mean[...], [1, 2, 3])
     np.testing.assert_array_equal(norm.var[...], [1, 1, 1])
+
+
+def test_presets_are_the_plain_settings():
+    check_presets("LESSR", {"num_layers": "num_blocks", "dropout_hidden": "dropout_rate"})

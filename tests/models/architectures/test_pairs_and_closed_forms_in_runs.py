@@ -15,7 +15,7 @@ from models.serving.export import export_scores
 from models.serving.trained import TrainedModel, evaluate
 from models.training import loop
 from models.training.checkpoints import Checkpoints, load_run
-from models.training.prepare import prepare
+from models.training.training_data import make_training_data
 from tests.models.architectures import pairs_reference
 
 SMALL = {"embedding_dim": 8, "batch_size": 64, "epochs": 4, "eval_every": 2, "learning_rate": 1e-2, "init_std": 0.1}
@@ -46,7 +46,7 @@ class Trained:
 def trained(request, tmp_path_factory):
     model, options = CASES[request.param]
     config = make_config(model, **options)
-    prepared, directory = prepare(data(), config), tmp_path_factory.mktemp("run") / "whole"
+    prepared, directory = make_training_data(data(), config), tmp_path_factory.mktemp("run") / "whole"
     return Trained(config, prepared, directory, loop.train(prepared, config, config.optimizer, directory))
 
 

@@ -7,12 +7,16 @@ import pytest
 from flax import nnx
 
 from models.architectures.base import Queries
+from models.architectures.registry import make_config
 from models.architectures.stosa import STOSA, STOSAConfig, WassersteinAttention, deviation
 from models.data import drifting_interests
 from models.feeds import pack
+from models.training.optimizers import make_stages
+from models.training.training_data import make_training_data
 from tests.models.architectures import checks
 
-MAX_LENGTH, NUM_ITEMS, DIM, HEADS = 9, 25, 8, 2
+NUM_ITEMS = checks.NUM_ITEMS
+MAX_LENGTH, DIM, HEADS = 9, 8, 2
 CONFIG = STOSAConfig(max_length=MAX_LENGTH, embedding_dim=DIM, num_heads=HEADS)
 # What makes a new mean; without an effect unless encode_mean.
 DEAD = ("attention/mean_value", "attention/mean_out", "mean_feed_forward")
@@ -306,6 +310,10 @@ def test_half_precision(packed):
     ("options", "message"),
     [
         ({"loss": "bce"}, "loss must be one of bpr, ce, sampled-softmax with stosa, got 'bce'"),
+        (
+            {"loss": "ce", "pvn_weight": 0.1},
+            "pvn_weight is not heeded by loss ce, which has no single negative, got 0.1",
+        ),
         ({"pvn_weight": -0.1}, "pvn_weight must be at least 0, got -0.1"),
         ({"attention_dropout_rate": 1.0}, r"attention_dropout_rate must lie in \[0, 1\), got 1.0"),
         ({"num_heads": 3}, "num_heads must divide embedding_dim, got 3 and 8"),
@@ -314,3 +322,26 @@ def test_half_precision(packed):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **options).checked()
+
+
+def test_a_run(tmp_path, monkeypatch):
+    sizes = {"max_length": 8, "embedding_dim": 8, "num_heads": 2, "epochs": 2, "batch_size": 15, "eval_every": 1}
+    checks.check_a_run(make_config("stosa", **sizes), tmp_path, monkeypatch)
+
+
+def test_both_tables_are_smoothed_each_by_itself(interactions):
+    config = dataclasses.replace(CONFIG, batch_size=100)
+    nodes = make_training_data(interactions, config).nodes
+    assert nodes.groups == (("item_mean",), ("item_covariance",))
+    assert list(make_stages("sevo-adamw", config, nodes))[1:3] == ["sevo item_mean", "sevo item_covariance"]
+
+
+def test_presets():
+    fields = {
+        "dropout_hidden": "dropout_rate",
+        "dropout_attention": "attention_dropout_rate",
+        "num_layers": "num_blocks",
+        "num_heads": "num_heads",
+        "pvn_weight": "pvn_weight",
+    }
+    checks.check_presets("STOSA", fields)

@@ -103,7 +103,7 @@ class Recommend:
             mine = None if candidates is None else [candidates.get(user, []) for user in self.users]
             found = zip(self.users, recommender.recommend_to_users(self.users, **options, candidates=mine), strict=True)
         elif self.histories is None:
-            (recommendation,) = recommend([self.history])
+            (recommendation,) = recommend([self.history])  # type: ignore[call-arg]  # mypy fills in the wrong ones
             if len(recommendation.unknown) == len(set(self.history)):
                 raise ValueError(
                     f"history: {self.checkpoint} knows none of {_some(recommendation.unknown)}; "
@@ -193,7 +193,7 @@ class Evaluate:
         tested = (
             f"at the epoch with the best validation {SELECTION}" if self.which == "best" else "after the last epoch"
         )
-        protocol = f"{evaluation.protocol}; tested {tested}{note}"
+        protocol = f"{evaluation.protocol}{note}; tested {tested}"
         print(f"{self.checkpoint}, epoch {run.epoch}: {len(evaluation.ranks):,} users")
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items()))
         print(f"({protocol})")

@@ -23,7 +23,7 @@ Feed = PackedSequences | Prefixes | Pairs
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class TrainingData:
     """What every run on the same data shares.
 
     Attributes:
@@ -52,7 +52,7 @@ class Prepared:
         return 0 if self.feed is None else self.feed.num_tokens
 
 
-def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
+def make_training_data(interactions: Interactions, config: TrainConfig) -> TrainingData:
     """Splits, packs and copies to the device; builds graphs from the training part alone.
 
     Raises:
@@ -71,7 +71,7 @@ def prepare(interactions: Interactions, config: TrainConfig) -> Prepared:
     shapes = nnx.eval_shape(
         lambda: make_model(config, num_users=split.train.num_users, num_items=interactions.num_items, seed=0)
     )
-    return Prepared(
+    return TrainingData(
         interactions=interactions,
         split=split,
         feed=make_feed(split.train, config),

@@ -1,0 +1,339 @@
+"""The command line: ``python -m models train``, ``compare``, ``graph`` and more."""
+
+import dataclasses
+import errno
+import functools
+import itertools
+import operator
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from models.checks import check_graph, check_numbers, check_split
+from models.cli.commands import Evaluate, Export, Recommend, load_and_describe
+from models.cli.parsing import parse
+from models.config import OPTIMIZERS, GraphConfig, Optimizer, SourceConfig, TrainConfig
+from models.memory import out_of_memory_told
+from models.reproduce import Reproduce
+from models.training import progress
+from models.training.files import make_folder
+
+if TYPE_CHECKING:
+    from models.training.training_data import TrainingData
+
+# JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
+
+PROGRAM = "python -m models"
+DESCRIPTION = "Trains, compares and uses recommenders. --version instead of a command says which release this is."
+USAGE_ERROR = 2
+PATHS = ("output_dir", "results_dir", "work_dir", "data_dir", "cache_dir", "checkpoint", "data", "histories", "titles")
+PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates")
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where a run starts from."""
+
+    preset: str | None = None
+    """Settings to start from, which other options override: a name such as sasrec-beauty, or a YAML file."""
+    resume: bool = False
+    """Go on from the newest checkpoint, if there is one; a finished run is kept as it is."""
+    overwrite: bool = False
+    """Remove a run that the output folder already holds."""
+    quiet: bool = False
+    """Show no progress, only what is trained on and what came out."""
+
+    def _check_output(self) -> None:
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other; give one of them")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(RunOptions):
+    """Train one model and test it at its best epoch."""
+
+    output_dir: Path = Path("runs/train")
+    """Folder for checkpoints, run.json, history.jsonl, result.json and curve.png."""
+
+    def run(self) -> None:
+        """Trains, and prints where the results are."""
+        from models.training import loop
+
+        self._check_output()
+        config = _config(self)
+        prepared = _prepare(config, self.output_dir)
+        result = loop.train(
+            prepared, config, config.optimizer, self.output_dir, resume=self.resume, overwrite=self.overwrite
+        )
+        memory = f", peak memory {result.peak_memory / 2**30:.2f} GiB" if result.peak_memory else ""
+        print(
+            f"best epoch {result.best_epoch} of {len(result.losses)}, {result.epoch_seconds:.2f} s an epoch, "
+            f"{result.total_seconds:.0f} s{memory}"
+        )
+        print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in result.test.items()))
+        print(f"({result.protocol})")
+        print(f"results: {self.output_dir / 'result.json'}, curve: {self.output_dir / 'curve.png'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare(RunOptions):
+    """Train the same model with several optimizers, on the same data and seeds."""
+
+    arms: tuple[Optimizer, ...] = OPTIMIZERS
+    """The optimizers; gains are over the first. A model that is fitted in closed form has one alone."""
+    seeds: int = 1
+    """How many seeds, counted on from seed. Several give mean ± standard deviation and a paired t-test."""
+    output_dir: Path = Path("runs/compare")
+    """Folder for compare.json, compare.png and one folder a run."""
+
+    def run(self) -> None:
+        """Trains every arm, and prints the table and where the picture is."""
+        from models.training import compare
+
+        self._check_output()
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms must be one or more optimizers, each once, got {' '.join(self.arms) or 'none'}")
+        config = _config(self)
+        check_numbers(dataclasses.replace(config, seed=config.seed + self.seeds - 1))  # the last of them
+        arms = ("closed-form",) if config.optimizer == "closed-form" else self.arms
+        prepared = _prepare(config, self.output_dir)
+        diverged = None
+        try:
+            results = compare.compare(
+                prepared,
+                config,
+                self.output_dir,
+                optimizers=arms,
+                seeds=self.seeds,
+                resume=self.resume,
+                overwrite=self.overwrite,
+            )
+        except compare.ComparisonDivergedError as error:
+            results, diverged = error.results, error
+        if any(results.values()):
+            protocol = next(run.protocol for runs in results.values() for run in runs)
+            print(f"\ntest metrics ({protocol}):\n")
+            print(compare.table(results))
+            print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
+        if diverged is not None:
+            raise diverged
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph(GraphConfig, SourceConfig):
+    """Build a graph, describe it, and draw its degrees and, if it is small, the graph itself."""
+
+    part: Literal["train", "all"] = "train"
+    """train: the training part of the split. all: every interaction."""
+    output_dir: Path = Path("runs/graph")
+    """Folder for weights.npz, degrees.png and, for small graphs, drawing.png."""
+
+    def run(self) -> None:
+        """Builds the graph, and prints its summary and where the pictures are."""
+        check_numbers(self)
+        check_split(self)
+        check_graph(self)
+        if self.part == "all" and self.split != "leave-one-out":
+            raise ValueError(f"split is not heeded with part all, got {self.split}; leave it out or give --part train")
+        if "item-item" not in self.graph:
+            self._check_unheeded(("graph_max_length", "graph_keep", "max_hops", "graph_weighting"))
+        from models import graphs
+        from models.data import split_interactions
+
+        make_folder("output_dir", self.output_dir)
+        interactions = load_and_describe(self)
+        if self.part == "train" and set(self.graph) != {"attributes"}:
+            interactions = split_interactions(interactions, self).train
+        adjacency = graphs.build_graph(interactions, self)
+        source = "embedded data" if self.data is None else self.data.stem
+        title = graphs.describe_graphs(source, self.part, self)
+        print(title)
+        for line in graphs.describe(adjacency, title, self.output_dir):
+            print(line)
+
+    def _check_unheeded(self, names: Sequence[str]) -> None:
+        """Refuses options that have no effect on the graphs that are asked for."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != usual[name]:
+                raise ValueError(
+                    f"{name} is not heeded by graph {' '.join(self.graph)}, got {getattr(self, name)}; leave it out"
+                )
+
+
+COMMANDS: dict[str, Any] = {
+    "train": Train,
+    "compare": Compare,
+    "recommend": Recommend,
+    "evaluate": Evaluate,
+    "export": Export,
+    "graph": Graph,
+    "reproduce": Reproduce,
+}
+TRAINING = ("train", "compare")
+
+
+def _config(command: Any) -> TrainConfig:
+    """The checked configuration among a command's options."""
+    from models.architectures.registry import config_from_dict
+
+    kind = next(base for base in type(command).__mro__ if base.__name__.endswith("Config"))
+    return config_from_dict({field.name: getattr(command, field.name) for field in dataclasses.fields(kind)})
+
+
+def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":
+    """Checks everything that can be checked before training, and says what is trained on."""
+    from models.training.training_data import make_training_data
+
+    make_folder("output_dir", output_dir)
+    prepared = make_training_data(load_and_describe(config), config)
+    if prepared.nodes is not None:
+        adjacency = prepared.nodes.adjacency
+        print(f"graph: {adjacency.nse:,} entries between {adjacency.shape[0]:,} nodes", flush=True)
+    return prepared
+
+
+def _for_model(command: type[RunOptions], config_class: type[TrainConfig], defaults: Mapping[str, Any]) -> Any:
+    """A command with the options of one model, and its defaults but for those given."""
+    hidden = {}
+    if command is Compare:
+        # Every arm has an optimizer of its own.
+        usual = next(field.default for field in dataclasses.fields(config_class) if field.name == "optimizer")
+        hidden = {"optimizer": (tyro.conf.Suppress[Optimizer], usual)}
+    fields = [(name, kind, dataclasses.field(default=default)) for name, (kind, default) in hidden.items()]
+    made = dataclasses.make_dataclass(command.__name__, fields, bases=(command, config_class), frozen=True)
+    made.__doc__ = command.__doc__
+    return made, made(**{name: value for name, value in defaults.items() if name not in hidden})
+
+
+def _commands(arguments: Sequence[str], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The commands by name, and their defaults. Those that train have the options of the model that is asked for."""
+    from models.architectures.registry import DEFAULT, model_class
+
+    commands: dict[str, tuple[Any, Any]] = {name: (command, None) for name, command in COMMANDS.items()}
+    if arguments and arguments[0] in TRAINING:
+        model = _option(arguments, "--model") or preset.get("model", DEFAULT)
+        if model != preset.get("model", model):
+            raise ValueError(f"model: the preset is for {preset['model']}, got {model}; leave one of them out")
+        config_class = model_class(model).config_class
+        commands[arguments[0]] = _for_model(COMMANDS[arguments[0]], config_class, preset)
+    return commands
+
+
+def _parser(commands: Mapping[str, tuple[Any, Any]]) -> Any:
+    """The union of all commands."""
+    parts = []
+    for name, (command, default) in commands.items():
+        options = {} if default is None else {"default": default}
+        parts.append(Annotated[command, tyro.conf.subcommand(name, prefix_name=False, **options)])
+    return functools.reduce(operator.or_, parts)
+
+
+def _option(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option that must be known before the others; None: it is not there."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option and (equals or i + 1 < len(arguments)):
+            return value if equals else arguments[i + 1]
+    return None
+
+
+def _preset(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings of ``--preset``, read before everything else because they are defaults."""
+    name = _option(arguments, "--preset")
+    if name is None:
+        return {}
+    from models.presets import load_preset
+
+    return load_preset(name)
+
+
+def _refuse_empty_paths(arguments: Sequence[str]) -> None:
+    """Refuses an empty folder or file, as from a variable that is not set: it would be the present folder.
+
+    Raises:
+      ValueError: if there is one.
+    """
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        name, equals, value = argument.partition("=")
+        option = name.removeprefix("--").replace("-", "_")
+        if name.startswith("--") and option in PATHS and (value if equals else following) == "":
+            raise ValueError(f"{option} must name a file or folder, got an empty text")
+
+
+def _version() -> str:
+    from sevo_optax import __version__
+
+    return f"sevo-optax {__version__}"
+
+
+def _printable() -> None:
+    """Has streams that cannot hold a character take its escape instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _output_fails() -> bool:
+    """Whether standard output cannot be written to. If it can, this leaves an empty line there."""
+    try:
+        print(flush=True)
+    except OSError:
+        _drop_output()
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """Has what still waits to be written vanish, or the interpreter would complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if list(arguments) == ["--version"]:
+        print(_version())
+        sys.stdout.flush()
+        return
+    _refuse_empty_paths(arguments)
+    preset = _preset(arguments)
+    commands = _commands(arguments, preset)
+    known = {name: command for name, (command, _) in commands.items()}
+    command = parse(_parser(commands), arguments, commands=known, prog=PROGRAM, description=DESCRIPTION)
+    if isinstance(command, Compare) and "optimizer" in preset:
+        print(f"note: compare trains every optimizer, not only the preset's {preset['optimizer']}", file=sys.stderr)
+    with progress.silent(getattr(command, "quiet", False)), out_of_memory_told():
+        command.run()
+    sys.stdout.flush()  # here, where a full disk can still be reported
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 2 for bad input, 130 when interrupted."""
+    _printable()
+    try:
+        _run(sys.argv[1:] if arguments is None else arguments)
+    except BrokenPipeError:
+        _drop_output()  # whoever read it has seen enough
+        return BROKEN_PIPE
+    except OSError as error:
+        full = error.errno in FULL
+        where = error.filename or ("standard output" if full and _output_fails() else "")
+        reason = f"{where}: {error.strerror}" if where and error.strerror else str(error)
+        advice = "; make room, then go on with --resume" if full else ""
+        print(f"error: {reason}{advice}", file=sys.stderr)
+        return USAGE_ERROR
+    except (ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'interrupted; what was written so far is kept'}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
