@@ -248,6 +248,7 @@ def _write_cell(job: Job, result: "Result", prepared: "TrainingData") -> None:
     if job.config.to_dict().get("keep_epochs"):
         from models.reproduce.maps import make_maps
 
+        job.path.parent.mkdir(parents=True, exist_ok=True)
         make_maps(job.folder, job.config, prepared.interactions.item_ids).write(job.path.with_suffix(".npz"))
     cell.write(job.path)
     print(f"{job.path}: NDCG@10 {cell.test['NDCG@10']:.4f} at epoch {cell.best_epoch}", flush=True)
