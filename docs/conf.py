@@ -8,7 +8,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import sphinx.ext.autosummary  # noqa: E402
+
 import sevo_optax  # noqa: E402
+
+# "(Eq. 7)" does not end the sentence that a table of functions shows.
+sphinx.ext.autosummary.WELL_KNOWN_ABBREVIATIONS += ("Eq.",)
 
 project = "sevo-optax"
 author = "The sevo-optax authors"
@@ -51,6 +56,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 pygments_style = "tango"
+highlight_language = "none"  # blocks without a language are commands and what they print
 
 
 def anchor(heading: str) -> str:
