@@ -78,7 +78,8 @@ def _draw_lines(found: TableCells, path: Path) -> bool:
         for dataset in found.table.datasets:
             rows = [row for row in found.rows if row.row.dataset == dataset and over in row.row.vary]
             panel = _values_panel(rows, over, dataset)
-            if panel.lines or panel.published:
+            # A single value is no line; beside published ones it is worth a look.
+            if panel.published or any(len(line.x) > 1 for line in panel.lines):
                 panels.append(panel)
     if panels and found.trained:
         plots.panels(panels, path, title=found.table.title)

@@ -456,7 +456,7 @@ def _picture(values: PictureFile, rows: Sequence[Row], where: str) -> Picture:
     if picture.kind not in ("lines", "smoothness", "maps"):
         return picture
     for row in rows:
-        if sum(name in row.vary for name in picture.over) != 1:
+        if not row.closed_form and sum(name in row.vary for name in picture.over) != 1:
             raise ValueError(
                 f"{where}: picture: over must name one setting that {row.title} varies, got "
                 f"{', '.join(picture.over) or 'none'}"
