@@ -27,7 +27,7 @@ test-lowest: $(LOWEST)/.installed  ## the library's tests with the oldest versio
 	$(LOWEST)/bin/python -m pytest -n 2 tests/sevo_optax sevo_optax
 
 docs: $(VENV)/.docs  ## the site, into build/docs, from stored outputs; warnings are errors
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs 2 docs build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "open build/docs/index.html"
 
 docs-check: docs  ## the site in headless Chromium: links, errors, screenshots at 400 and 1,400 pixels
@@ -50,7 +50,7 @@ lint: $(VENV)/.test  ## rewrite the sources in the project's format and list wha
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and what runs left behind
-	rm -rf $(VENV) runs build dist docs/api *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs build dist docs/api docs/notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # One stamp an extra: installed again when pyproject.toml changes, and left alone otherwise.
 $(VENV)/.%: pyproject.toml | $(BIN)/python

@@ -593,11 +593,10 @@ class TestReport:
         reproduce(seeds=1, arms=("adamw",))
         reproduce(report=True)
         text = self.text(Path("results"))
-        assert "`python -m models reproduce --table tiny --data-dir DIR` trains it" in text
-        took = "(about 90 s a seed, on CPU, "
-        assert f"* SASRec on tiny: sevo-adamw {took}" in text
-        assert f"* SASRec with cross-entropy on tiny: sevo-adamw (beta 0.5) {took}" in text
-        assert "* SASRec on Beauty\n" in text
+        missing = [line.partition(" (about")[0] for line in text.splitlines() if line.startswith("* SASRec")]
+        assert missing[:1] == ["* SASRec on Beauty"]
+        assert "* SASRec on tiny: sevo-adamw" in missing
+        assert "* SASRec with cross-entropy on tiny: sevo-adamw (beta 0.5)" in missing
         (line,) = self.lines(folder / "results", "| | sevo-adamw (beta 0.9) † |")
         assert line[-3:] == ["–", "–", "–"]  # one epoch is not compared with two
         assert "| sevo-adamw (beta 0.9) †, ours |" in text

@@ -473,7 +473,7 @@ class TestOverlap:
         )
         loaded = dataclasses.replace(loaded, info=info)
         config = loaded.info.config
-        note = overlap_note(loaded, config, config.split_interactions(timed), None)
+        note = overlap_note(loaded, config, split_interactions(timed, config), None)
         assert note.startswith("; whether the run was trained on these items is not known: its data, ")
         assert "gone.csv" in note
 
@@ -490,7 +490,7 @@ class TestCommands:
         ("arguments", "name"),
         [
             (("export", "--output"), "items.npz"),
-            (("export", "--output"), "checkpoints/2"),
+            (("export", "--output"), "checkpoints/2/_CHECKPOINT_METADATA"),
             (("evaluate", "--output"), "run.json"),
             (("evaluate", "--per-user"), "history.jsonl"),
             (("recommend", "--history", "1", "--output"), "result.csv"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import jax
@@ -85,7 +86,7 @@ def test_every_seed_goes_on_from_its_own_newest_checkpoint(prepared, tmp_path, t
     for seed, epochs in ((1, 2), (2, 4)):
         config = dataclasses.replace(CONFIG, seed=seed, epochs=epochs)
         loop.train(prepared, config, "adamw", tmp_path / f"seed-{seed}")
-    (tmp_path / "seed-2" / "checkpoints" / "2.npz").unlink()
+    shutil.rmtree(tmp_path / "seed-2" / "checkpoints" / "2")
     trained.clear()
     together = loop.train_seeds(prepared, CONFIG, "adamw", [1, 2], folders(tmp_path, 1, 2), resume=True)
     assert trained == [(3, 1), (4, 1), (5, 1), (6, 1), (5, 2), (6, 2)]
