@@ -55,15 +55,16 @@ class Reproduce:
     def run(self) -> None:
         """Trains what is missing, unless only the report is asked for, and writes the report."""
         check_numbers(self)
-        from models.reproduce.tables import load_table, table_names
+        from models.reproduce.tables import bundled_tables, load_table
 
         if self.table is not None and self.figure is not None:
             raise ValueError(
                 f"table and figure exclude each other, got {self.table} and {self.figure}; give one of them"
             )
         table = load_table(self.table or "3" if self.figure is None else f"figure-{self.figure}")
-        names = table_names()
-        tables = [load_table(name) for name in names] + ([table] if table.name not in names else [])
+        tables = list(bundled_tables())
+        if table.name not in [other.name for other in tables]:
+            tables.append(table)
         if self.list:
             self._list(tables)
             return

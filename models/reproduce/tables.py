@@ -6,6 +6,7 @@ See ``table-4.yaml`` for an example.
 """
 
 import dataclasses
+import functools
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
@@ -393,6 +394,12 @@ def table_names() -> list[str]:
         return not name.startswith("table-"), not name.startswith("figure-"), name
 
     return sorted((path.stem for path in FOLDER.glob("*.yaml")), key=order)
+
+
+@functools.cache
+def bundled_tables() -> tuple[Table, ...]:
+    """The tables and figures that exist, in the order of the report. They are read once."""
+    return tuple(load_table(name) for name in table_names())
 
 
 def load_table(name_or_path: str | PathLike[str]) -> Table:
