@@ -64,14 +64,14 @@ def finished(row: RowCells, arm: Optimizer = SEVO, **settings: Any) -> Summary |
 
 def _gains(found: Found) -> Verdict:
     holds, evidence = [], []
-    over = {base: average_gains(found["table-3"].rows, base) for base in ("adam", "adamw")}
+    over = {base: average_gains(found["table-3"].rows, base, complete=True) for base in ("adam", "adamw")}
     for gain in over["adamw"]:
-        if gain.arm != SEVO or gain.gain is None or gain.short:
+        if gain.arm != SEVO or gain.gain is None:
             continue
         holds.append(gain.gain > 0)
         text = f"{gain.subject} {gain.gain:+.1%} over adamw"
         adam = next(x for x in over["adam"] if (x.subject, x.arm) == (gain.subject, gain.arm))
-        if adam.gain is not None and not adam.short:
+        if adam.gain is not None:
             text += f", {adam.gain:+.1%} over adam"
         evidence.append(f"{text} ({', '.join(gain.datasets)})")
     return Verdict(holds, evidence)
@@ -122,8 +122,8 @@ def _layers(found: Found) -> Verdict:
 def _correction(found: Found) -> Verdict:
     gains = {
         (gain.subject, gain.settings["moment_correction"]): gain
-        for gain in average_gains(found["figure-6"].rows, "adamw")
-        if gain.arm == SEVO and gain.gain is not None and not gain.short
+        for gain in average_gains(found["figure-6"].rows, "adamw", complete=True)
+        if gain.arm == SEVO and gain.gain is not None
     }
     holds, evidence = [], []
     for subject in ("GRU4Rec", "STOSA"):

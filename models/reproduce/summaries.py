@@ -194,10 +194,15 @@ class AverageGain:
         return f"{self.arm} ({settings})" if settings else self.arm
 
 
-def average_gains(rows: Sequence[RowCells], over: Optimizer) -> list[AverageGain]:
+def average_gains(rows: Sequence[RowCells], over: Optimizer, *, complete: bool = False) -> list[AverageGain]:
     """The average gain of each subject, arm and setting over a plain arm: the last line of the paper's Table 3.
 
     Each data set counts alike, and in it each of ``METRICS``; only seeds that both arms were trained with count.
+
+    Args:
+      rows: the rows.
+      over: the plain arm.
+      complete: whether data sets on which either arm lacks epochs, or its cells are outdated, are left out.
     """
     groups: dict[tuple[str, str], list[tuple[RowCells, SeedGroup]]] = {}
     for row in rows:
@@ -211,6 +216,8 @@ def average_gains(rows: Sequence[RowCells], over: Optimizer) -> list[AverageGain
             summary = next((x for x in row.summaries if x.group == group), None)
             base = None if summary is None else row.baseline(summary, over)
             relative = None if base is None else _relative(summary, base)
+            if complete and relative is not None and (summary.short or base.short or summary.outdated):
+                continue
             if relative is not None:
                 gains.append(relative)
                 datasets.append(row.row.dataset)

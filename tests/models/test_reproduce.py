@@ -1095,6 +1095,14 @@ class TestClaims:
         assert gain.gain == pytest.approx(np.mean([means[1][m] / means[0][m] - 1 for m in METRICS]), abs=1e-4)
         assert (gain.subject, gain.datasets, gain.short) == ("SASRec", ("tiny",), False)
 
+    def test_average_gains_of_complete_runs(self, folder, trained):
+        reproduce(seeds=1, epochs=1)
+        (row, _) = TableCells.of(load_table("tiny.yaml"), Cells(Path("results"))).rows
+        (gain,) = average_gains([row], "adamw")
+        assert (gain.datasets, gain.short) == (("tiny",), True)
+        (gain,) = average_gains([row], "adamw", complete=True)
+        assert (gain.datasets, gain.gain) == ((), None)
+
 
 def test_every_kind_of_picture(tmp_path):
     panel = plots.Panel("a", "beta", "y", [plots.Line("x", None, [0.5, 0.99], [1.0, 2.0], [0.1, 0.1])], categories=True)
