@@ -116,7 +116,7 @@ class EdgeOrderLayer(nnx.Module):
         owner = jnp.where(receives, graph.first, length + graph.places)
         order = jnp.argsort(owner * length + graph.places, axis=1)
         place = jnp.argsort(order, axis=1)
-        sent = graph.at(graph.at(order, jnp.maximum(graph.places - 1, 0)[None].repeat(len(order), 0)), messages)
+        sent = graph.at(order, jnp.pad(messages[:, :-1], ((0, 0), (1, 0), (0, 0))))
         states = self.gru(sent, graph.at(order, owner))
         last = graph.at(graph.at(graph.last, place), states)
         return jnp.where(graph.at(graph.last, receives)[..., None], last, 0)

@@ -193,7 +193,7 @@ class Evaluate:
         tested = (
             f"at the epoch with the best validation {SELECTION}" if self.which == "best" else "after the last epoch"
         )
-        protocol = f"{evaluation.protocol}; tested {tested}{note}"
+        protocol = f"{evaluation.protocol}{note}; tested {tested}"
         print(f"{self.checkpoint}, epoch {run.epoch}: {len(evaluation.ranks):,} users")
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items()))
         print(f"({protocol})")

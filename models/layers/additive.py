@@ -48,7 +48,9 @@ def additive_scores(query: jax.Array, key: jax.Array, weight: jax.Array) -> jax.
 
     limit = CPU_NUMBERS_AT_ONCE if jax.default_backend() == "cpu" else NUMBERS_AT_ONCE
     rows_at_once = max(1, limit // (query.shape[1] * key.shape[1] * query.shape[2]))
-    return jax.lax.map(row, (query, key), batch_size=min(rows_at_once, len(query)))
+    # An exported model leaves the number of rows open.
+    rows = query.shape[0]
+    return jax.lax.map(row, (query, key), batch_size=min(rows_at_once, rows) if isinstance(rows, int) else None)
 
 
 def additive_attention(

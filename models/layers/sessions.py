@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.data import Interactions
-from models.layers.additive import additive_scores, weights_of
+from models.layers.additive import weights_of
 
 
 class SessionGraph(NamedTuple):
@@ -84,8 +84,8 @@ class SessionGraph(NamedTuple):
         goes_on = continues(self.segments)
         before = jnp.pad(self.first[:, :-1], ((0, 0), (1, 0)))
         blank = jnp.zeros(self.together.shape, dtype)
-        rows = jnp.arange(len(blank))[:, None]
-        return blank.at[rows, before, self.first].max(goes_on.astype(dtype))
+        mark = jax.vmap(lambda row, start, end, there: row.at[start, end].max(there))
+        return mark(blank, before, self.first, goes_on.astype(dtype))
 
     def pool(
         self,
@@ -110,9 +110,9 @@ class SessionGraph(NamedTuple):
         Returns:
           Shape (rows, row_length, dim); only the newest tokens' entries mean something.
         """
-        pairs = query.shape[0] * query.shape[1]
-        asked = self.at(self.newest, query).reshape(pairs, 1, -1)
-        scores = additive_scores(asked, key.reshape(pairs, 1, -1), weight).reshape(self.first.shape)
+        hidden = jax.nn.sigmoid(self.at(self.newest, query) + key)
+        wide = jnp.promote_types(key.dtype, jnp.float32)
+        scores = jnp.matmul(hidden, weight.astype(key.dtype), preferred_element_type=wide)
         seen = self.together & counted[:, None]
         weights = weights_of(scores[:, None], seen, normalize=normalize).astype(value.dtype)
         return jnp.einsum("bqk,bkd->bqd", weights, value)

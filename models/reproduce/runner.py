@@ -299,7 +299,7 @@ def _is_run_of(folder: Path, arm: Optimizer, config: TrainConfig) -> bool:
     try:
         values = read_json(folder / "run.json")
         # What is newer than the run had its default. What the run has and this version has not does nothing any more.
-        found = defaults_of(config) | {"optimizer": values.get("optimizer")} | values["config"]
+        found = defaults_of(config) | values["config"] | {"optimizer": values.get("optimizer")}
         found["data"] = found["data"] and Path(found["data"]).name
     except (OSError, ValueError, KeyError, TypeError):
         return False  # no run, or one that nobody can go on with

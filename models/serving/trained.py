@@ -232,6 +232,7 @@ class TrainedModel:
         numbers = []
         for raw_id in raw:
             try:
+                hash(raw_id)
                 numbers.append(self._number(raw_id))
             except TypeError:  # a list, where a history is nested once too often
                 raise ValueError(f"{what} holds {shortened(raw_id)}; ids of items are numbers or text") from None

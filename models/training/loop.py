@@ -229,7 +229,7 @@ class _Group:
         advice = f"lower learning_rate={self.config.learning_rate:g}, or give --clip-norm 1"
         run.diverged = f"{failure}{kept}; {advice}"
         if len(self.runs) > 1:
-            self.progress.note(f"{self._name(run)}{run.diverged}; the others go on")
+            self.progress.note(f"{self._name(run)}{run.diverged}; the others go on", warning=True)
 
     def _name(self, run: Run) -> str:
         return f"seed {run.config.seed}: " if len(self.runs) > 1 else ""

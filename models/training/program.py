@@ -59,8 +59,9 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
             (value, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
             with jax.named_scope("optimizer"):
                 updates, opt_state = tx.update(grads, opt_state, params)
-                params = optax.apply_updates(params, updates)
-            return (params, rest, opt_state), value
+                model = nnx.merge(graphdef, optax.apply_updates(params, updates), rest)
+                model.constrain()
+            return (nnx.state(model, nnx.Param), rest, opt_state), value
 
         carry, losses = jax.lax.scan(step, (params, rest, opt_state), jnp.arange(feed.num_batches))
         params, rest, opt_state = carry

@@ -114,12 +114,13 @@ class Progress:
                 parts.append(f"{duration(left)} left")
             print(f"{self._name}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
-    def note(self, text: str) -> None:
-        """Says on standard output what became of the run, in silence too, and beside the bar."""
+    def note(self, text: str, *, warning: bool = False) -> None:
+        """Says what became of the run, in silence too, and beside the bar; a warning goes to standard error."""
+        file = sys.stderr if warning else sys.stdout
         if self._bar is not None:
-            self._bar.write(text)
+            self._bar.write(text, file=file)
         else:
-            print(text, flush=True)
+            print(text, file=file, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -318,7 +318,22 @@ class TestIds:
         table = write(tmp_path / "items.csv", "item_id,genres\n30,A\n500,A\n9,A\n7,B\n")
         assert read_attributes(table)[0].tolist() == [30, 500, 9, 7]
         out = tmp_path / "out"
-        assert main(["graph", "--data", str(data), "--attributes", str(table), "--output-dir", str(out)]) == 0
+        assert (
+            main(
+                [
+                    "graph",
+                    "--data",
+                    str(data),
+                    "--graph",
+                    "attributes",
+                    "--attributes",
+                    str(table),
+                    "--output-dir",
+                    str(out),
+                ]
+            )
+            == 0
+        )
         from sevo_optax import graph
 
         assert np.argwhere(np.asarray(graph.load(out / "weights.npz").todense())).tolist() == [[2, 3], [3, 2]]
@@ -419,7 +434,7 @@ class TestItemTables:
         data = write(tmp_path / "a.csv", "user,item\n1,0001\n1,12\n1,0002\n2,12\n2,0001\n")
         table = write(tmp_path / "items.csv", "item_id,genres\n0001,A\n0002,A\n12,B\n")
         out = tmp_path / "out"
-        arguments = ["graph", "--data", data, "--attributes", table, "--output-dir", out]
+        arguments = ["graph", "--data", data, "--graph", "attributes", "--attributes", table, "--output-dir", out]
         assert main([*map(str, arguments), "--part", "all"]) == 0
         from sevo_optax import graph
 
@@ -954,16 +969,16 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--data-format", "xls"], "invalid choice 'xls'"),
-            (["--duplicates", "none"], "invalid choice 'none'"),
-            (["--split", "random"], "invalid choice 'random'"),
+            (["--data-format", "xls"], "--data-format must be one of auto, csv"),
+            (["--duplicates", "none"], "--duplicates must be one of all"),
+            (["--split", "random"], "--split must be one of leave-one-out"),
             (["--min-user-interactions", "-1"], "min_user_interactions must be at least 0, got -1"),
             (["--min-item-interactions", "99"], "nothing of 3 users, 3 items, 7 interactions"),
             (
                 ["--split", "global-time", "--split-quantiles", "0.9", "0.8"],
                 "split_quantiles must ascend between 0 and 1",
             ),
-            (["--split", "global-time", "--split-quantiles", "0.5", "nan"], "split_quantiles must ascend"),
+            (["--split", "global-time", "--split-quantiles", "0.5", "nan"], "split_quantiles must be a finite number"),
             (["--split", "global-time", "--split-times", "20", "soon"], "split_times must be a number or a date"),
         ],
     )

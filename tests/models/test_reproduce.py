@@ -657,8 +657,8 @@ def test_the_published_figures():
         ("description: Nothing to see.", "", "tiny.yaml: description is missing"),
         (
             "arms: [adamw, sevo-adamw]",
-            "arms: [adam]",
-            "arms 1 should be 'adamw', 'sevo-adamw' or 'sevo-gradient', got 'adam'",
+            "arms: [lion]",
+            "arms 1 should be 'adamw', 'sevo-adamw', 'sevo-gradient'",
         ),
         ("arms: [adamw, sevo-adamw]", "arms: adamw", "arms should be a list, got 'adamw'"),
         ("arms: [adamw, sevo-adamw]", "arms: []", "arms: list should have at least 1 item, not 0, got []"),

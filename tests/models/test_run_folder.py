@@ -453,7 +453,7 @@ class TestOverlap:
         count, total = self.expected(saved, config)
         assert 0 < count < total
         line = self.evaluate(capsys, saved, "--split", "global-time", "--split-times", *times)
-        assert line.endswith(f"; {count} of the {total} test items are ones that the run was trained on)")
+        assert f"; {count} of the {total} test items are ones that the run was trained on; tested at" in line
         assert "are ones that the run was trained on" not in self.evaluate(capsys, saved)
 
     def test_other_data(self, saved, file, tmp_path, capsys):
@@ -464,7 +464,7 @@ class TestOverlap:
         other = tmp_path / "shorter.csv"
         other.write_text("\n".join([lines[0], *kept]))
         line = self.evaluate(capsys, saved, "--data", other)
-        assert line.endswith("; 60 of the 60 test items are ones that the run was trained on)")
+        assert "; 60 of the 60 test items are ones that the run was trained on; tested at" in line
         strangers = tmp_path / "strangers.csv"
         strangers.write_text("\n".join([lines[0], *(f"x{row}" for row in lines[1:])]))
         assert "trained on" not in self.evaluate(capsys, saved, "--data", strangers)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
+from models.architectures.registry import make_config
 from models.architectures.sasrec import SASRec
 from models.data import Interactions, global_time, leave_one_out, make_split
 from models.data.splits import seconds_since_1970
@@ -146,7 +147,9 @@ class TestGlobalTime:
 
         model = SASRec(6, max_length=4, embedding_dim=4, num_blocks=1, num_heads=1, rngs=nnx.Rngs(0))
         for history, targets in [(split.validation_history, split.validation), (split.test_history, split.test)]:
-            ranks = FullRanking.prepare(history, targets, model=SASRec, max_length=4).ranks(model)
+            ranks = FullRanking.prepare(history, targets, model=SASRec, config=make_config(max_length=4)).ranks(
+                model, {}
+            )
             assert ranks.shape == targets.shape
             assert (ranks < 6).all()
 
