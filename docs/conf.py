@@ -3,12 +3,15 @@
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import sphinx.ext.autosummary  # noqa: E402
+from sphinx.application import Sphinx  # noqa: E402
+from sphinx.pycode import ModuleAnalyzer  # noqa: E402
 
 import sevo_optax  # noqa: E402
 
@@ -57,6 +60,28 @@ html_copy_source = False
 html_show_sourcelink = False
 pygments_style = "tango"
 highlight_language = "none"  # blocks without a language are commands and what they print
+
+
+# Constants have their docstring behind them, in the module that makes them.
+CONSTANTS = {
+    "sevo_optax.graph.COOCCURRENCE_SQL": ("sevo_optax.graph._parquet", "COOCCURRENCE_SQL"),
+    "sevo_optax.graph.Adjacency": ("sevo_optax._weights", "Adjacency"),
+}
+
+
+def explain_constant(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Gives a constant its own docstring instead of that of its type, and shows SQL as it is."""
+    del app, what, options
+    if name in CONSTANTS:
+        module, constant = CONSTANTS[name]
+        lines[:] = ModuleAnalyzer.for_module(module).find_attr_docs()["", constant]
+        if isinstance(obj, str):
+            lines += [".. code-block:: sql", "", *textwrap.indent(obj, "   ").splitlines(), ""]
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", explain_constant)
 
 
 def anchor(heading: str) -> str:

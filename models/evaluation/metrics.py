@@ -10,6 +10,8 @@ import numpy as np
 def hit_rate_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
     """The share of users whose item is among the first ``k`` (HR@k).
 
+    With one relevant item a user, this is recall@k, and ``k`` times precision@k.
+
     Args:
       ranks: shape (users,), 0 for the first place.
       k: length of the list.
@@ -55,7 +57,8 @@ def ndcg_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
 def mrr_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
     r"""Mean reciprocal rank (MRR@k).
 
-    The mean of :math:`[r < k] / (r + 1)` over the ranks :math:`r`.
+    The mean of :math:`[r < k] / (r + 1)` over the ranks :math:`r`. With one relevant item a user, this is
+    MAP@k, the mean average precision.
 
     Args:
       ranks: shape (users,), 0 for the first place.
@@ -103,6 +106,8 @@ METRICS = {"HR": hit_rate_at_k, "NDCG": ndcg_at_k, "MRR": mrr_at_k}
 
 def summarize(ranks: jax.typing.ArrayLike, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """All metrics at all ``ks``, by name: ``HR@1 … NDCG@1 … MRR@10``.
+
+    As every user has one relevant item, recall@k and MAP@k have no line of their own: they are HR@k and MRR@k.
 
     Args:
       ranks: shape (users,), 0 for the first place.
