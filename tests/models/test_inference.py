@@ -358,7 +358,7 @@ def test_evaluate_otherwise(trained, capsys):
     )
     assert "(global-time split at" in printed
     assert "history ranked too" in printed
-    assert "; tested after the last epoch; " in printed  # and items that it was trained on
+    assert "are ones that the run was trained on; tested after the last epoch)" in printed
 
 
 def test_evaluate_on_other_data(trained, tmp_path, capsys):

@@ -152,6 +152,6 @@ def test_bytes_are_no_yaml(tmp_path):
 @pytest.mark.parametrize("name", ["sasrec-bauty", "no/such.yaml"])
 def test_an_unknown_preset_lists_those_there_are(name):
     with pytest.raises(
-        ValueError, match=rf"preset: '{name}' does not exist; give one of bert4rec-beauty, .*sasrec-toys"
+        ValueError, match=rf"preset: '{name}' does not exist; give one of bert4rec-adam-beauty, .*sasrec-toys"
     ):
         presets.load_preset(name)
