@@ -10,6 +10,7 @@ plus a bias. Training, losses, evaluation and serving need five things of a mode
 * :meth:`Recommender.penalty`: what is added to the loss.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -215,8 +216,6 @@ class SequenceRecommender(Recommender):
 
 def options_of(model: type[Recommender], config: TrainConfig) -> dict[str, Any]:
     """The fields of a configuration that are arguments of the model's constructor; ``compute_dtype`` is ``dtype``."""
-    import inspect
-
     names = inspect.signature(model.__init__).parameters
     values = {name: getattr(config, name) for name in names if hasattr(config, name)}
     if "dtype" in names:

@@ -56,15 +56,19 @@ class BERT4RecConfig(TransformerConfig):
 
     def _check(self) -> None:
         super()._check()
-        for name in ("mask_probability", "mask_last_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.mask_probability == 0 and self.mask_last_probability < 1:
-            raise ValueError(
-                "mask_probability must be larger than 0: without masked items there is nothing to learn from"
-            )
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, one item and the mask token, got {self.max_length}")
+        _check_masking(self.mask_probability, self.mask_last_probability, self.max_length)
+
+
+def _check_masking(mask_probability: float, mask_last_probability: float, max_length: int) -> None:
+    """Refuses settings with which there is nothing to restore, or no room for the mask token."""
+    probabilities = {"mask_probability": mask_probability, "mask_last_probability": mask_last_probability}
+    for name, value in probabilities.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+    if mask_probability == 0 and mask_last_probability < 1:
+        raise ValueError("mask_probability must be larger than 0: without masked items there is nothing to learn from")
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, one item and the mask token, got {max_length}")
 
 
 class EncoderLayer(nnx.Module):
@@ -145,18 +149,7 @@ class BERT4Rec(SequenceRecommender):
         dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        for name, value in {
-            "mask_probability": mask_probability,
-            "mask_last_probability": mask_last_probability,
-        }.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-        if mask_probability == 0 and mask_last_probability < 1:
-            raise ValueError(
-                "mask_probability must be larger than 0: without masked items there is nothing to learn from"
-            )
-        if max_length < 2:
-            raise ValueError(f"max_length must be at least 2, one item and the mask token, got {max_length}")
+        _check_masking(mask_probability, mask_last_probability, max_length)
         self.dtype = jnp.dtype(dtype)
         self.mask_token = num_items + 1
         self.mask_probability = mask_probability

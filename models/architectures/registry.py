@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from flax import nnx
+
 from models.architectures.base import Recommender
 from models.config import TrainConfig
 
@@ -65,7 +67,5 @@ def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
 
 def make_model(config: TrainConfig, *, num_users: int, num_items: int, seed: int) -> Recommender:
     """Builds a freshly initialised model from a configuration."""
-    from flax import nnx
-
     model = model_class(config.model)
     return model.from_config(config, num_users=num_users, num_items=num_items, rngs=nnx.Rngs(seed))

@@ -15,9 +15,7 @@ from models.evaluation.ranking import FullRanking
 from models.feeds import NegativeSampler, PackedSequences, Pairs, Prefixes, pack
 from models.graphs import Nodes, smoothed_nodes
 from models.memory import check_memory, training_needs
-
-# The losses that draw items a user has not interacted with.
-DRAWS_UNSEEN = ("bce", "bpr")
+from models.objectives.losses import make_loss
 
 Feed = PackedSequences | Prefixes | Pairs
 
@@ -76,7 +74,7 @@ def make_training_data(interactions: Interactions, config: TrainConfig) -> Train
         split=split,
         feed=make_feed(split.train, config),
         sampler=NegativeSampler.from_interactions(
-            split.train, config.negative_power, drawn=kind.feed != "none" and config.loss in DRAWS_UNSEEN
+            split.train, config.negative_power, drawn=kind.feed != "none" and make_loss(config).against_unseen
         ),
         validation=ranking(split.validation_history, split.validation),
         test=ranking(split.test_history, split.test),
