@@ -86,8 +86,6 @@ class Recommender(nnx.Module):
     """Whether every training token predicts the item behind it; otherwise :meth:`training_batch` makes the targets."""
     num_special: ClassVar[int] = 1
     """Rows of the item tables that are no items: row 0, and any behind the last item."""
-    causal: ClassVar[bool] = True
-    """Whether the query at a token of a history depends on that token and earlier ones only."""
 
     @classmethod
     def from_config(cls, config: Any, *, num_users: int, num_items: int, rngs: nnx.Rngs) -> Self:

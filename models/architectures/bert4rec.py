@@ -132,7 +132,6 @@ class BERT4Rec(SequenceRecommender):
     config_class = BERT4RecConfig
     predicts_next = False
     num_special = 2
-    causal = False
 
     def __init__(
         self,
