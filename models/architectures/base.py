@@ -86,6 +86,8 @@ class Recommender(nnx.Module):
     """Whether every training token predicts the item behind it; otherwise :meth:`training_batch` makes the targets."""
     num_special: ClassVar[int] = 1
     """Rows of the item tables that are no items: row 0, and any behind the last item."""
+    undecayed: ClassVar[frozenset[str]] = frozenset()
+    """Names of the parameters that weight decay leaves alone, in whichever layer, such as ``bias``."""
 
     @classmethod
     def from_config(cls, config: Any, *, num_users: int, num_items: int, rngs: nnx.Rngs) -> Self:
@@ -131,6 +133,15 @@ class Recommender(nnx.Module):
     def node_axes(self) -> Mapping[str, int]:
         """By path, the axis of the nodes in tables where they are no rows: 1 for a kernel (dim, nodes)."""
         return {}
+
+    @classmethod
+    def decay_mask(cls, params: Any) -> Any:
+        """The tree of the parameters, with True where weight decay acts and False at those of :attr:`undecayed`."""
+
+        def decays(path: Any, _: Any) -> bool:
+            return cls.undecayed.isdisjoint(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+
+        return jax.tree_util.tree_map_with_path(decays, params)
 
     def fit(self, train: Interactions, config: Any) -> None:
         """Computes the state of a model without gradients (``feed`` none) from the training part."""

@@ -208,7 +208,8 @@ class LESSR(SequenceRecommender):
       W \, \mathrm{BN}\big([x_t \;;\; \mathrm{Readout}(x)]\big)
 
     An item's score is the inner product with its embedding, whose norm is at most 1: :meth:`constrain` sees to it after
-    every update. Batch normalisation counts nodes, and in the last one the prefixes that have a target.
+    every update. Batch normalisation counts nodes, and in the last one the prefixes that have a target. Weight decay
+    spares biases, slopes and the scales of normalisations.
 
     This is the model of its paper and of its authors' code. The values in Table 3 of the SEvo paper are likely of code
     that differs: its shortcut graph has no shortcuts, weights do not depend on the target, and messages reach the wrong
@@ -236,6 +237,7 @@ class LESSR(SequenceRecommender):
 
     config_class = LESSRConfig
     feed = "prefixes"
+    undecayed = frozenset({"bias", "in_bias", "state_bias", "scale", "slope"})
 
     def __init__(
         self,

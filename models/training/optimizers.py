@@ -1,6 +1,7 @@
 """The optimizers that are compared, by name."""
 
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import optax
 
@@ -17,6 +18,7 @@ def make_stages(
     nodes: Nodes | None,
     learning_rate: optax.ScalarOrSchedule | None = None,
     clip_norm: float | None = None,
+    decay_mask: Callable[[Any], Any] | None = None,
 ) -> Stages:
     """Builds an optimizer as named stages, to be chained in their order.
 
@@ -29,6 +31,7 @@ def make_stages(
       nodes: the graph, and the tables over its nodes; None: the model has none, and nothing is smoothed.
       learning_rate: a schedule, or None: ``config.learning_rate``.
       clip_norm: gradients with a larger global norm are scaled down to it first; None: never.
+      decay_mask: maps the parameters to a tree of where weight decay acts, see :func:`optax.adamw`; None: everywhere.
 
     Returns:
       Transformations by name. The stages called ``sevo TABLES`` smooth.
@@ -59,7 +62,8 @@ def make_stages(
     rate = config.learning_rate if learning_rate is None else learning_rate
     adam, weight_decay = {"b1": config.b1, "b2": config.b2}, config.weight_decay
     clip: Stages = {} if clip_norm is None else {"clip": optax.clip_by_global_norm(clip_norm)}
-    decay: Stages = {"decay": optax.add_decayed_weights(weight_decay)} if weight_decay else {"decay": optax.identity()}
+    decayed = optax.add_decayed_weights(weight_decay, decay_mask) if weight_decay else optax.identity()
+    decay: Stages = {"decay": decayed}
     step: Stages = {"rate": optax.scale_by_learning_rate(rate)}
     match name:
         case "adamw":
@@ -70,10 +74,10 @@ def make_stages(
             moments = corrected if config.moment_correction else optax.scale_by_adam(**adam)
             return clip | {"moments": moments} | smoothing | decay | step
         case "sevo-gradient":
-            corrected = adamw_corrected(rate, **adam, weight_decay=weight_decay, tables=nodes.rows)
+            corrected = adamw_corrected(rate, **adam, weight_decay=weight_decay, mask=decay_mask, tables=nodes.rows)
             return clip | smoothing | {"adamw": corrected}
         case "sevo-gradient-uncorrected":
-            return clip | smoothing | {"adamw": optax.adamw(rate, **adam, weight_decay=weight_decay)}
+            return clip | smoothing | {"adamw": optax.adamw(rate, **adam, weight_decay=weight_decay, mask=decay_mask)}
         case "adam" | "sevo-adam":
             return clip | decay | {"moments": optax.scale_by_adam(**adam)} | smoothing | step
         case "sgd" | "sevo-sgd":

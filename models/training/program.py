@@ -160,7 +160,8 @@ class Program:
         schedule = None
         if prepared.feed is not None and (config.schedule != "constant" or config.warmup_epochs):
             schedule = make_schedule(config, prepared.feed.num_batches)
-        stages = make_stages(optimizer, config, prepared.nodes, schedule, config.clip_norm)
+        mask = models[0].decay_mask if models[0].undecayed else None
+        stages = make_stages(optimizer, config, prepared.nodes, schedule, config.clip_norm, mask)
         tx = optax.named_chain(*stages.items())
         loss = make_loss(config)
         epoch = make_epoch(self.graphdef, tx, loss)

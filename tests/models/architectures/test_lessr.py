@@ -4,6 +4,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -15,6 +16,7 @@ from models.layers import BatchNorm
 from models.layers.sessions import SessionGraph
 from models.objectives.losses import make_loss
 from models.objectives.objective import training_loss
+from models.training.optimizers import make_stages
 from tests.models.architectures.sessions import (
     DISTINCT,
     NUM_ITEMS,
@@ -304,6 +306,25 @@ def test_every_loss_reaches_every_parameter(loss):
         assert np.isfinite(grad).all(), name
         # Nothing repeats, so every recurrent state is the first.
         assert grad.any() == (not name.endswith("state_kernel")), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_decay_spares_biases_slopes_and_scales(optimizer):
+    model = make()
+    params = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    config = make_config("lessr", weight_decay=0.5)
+    tx = optax.named_chain(*make_stages(optimizer, config, None, decay_mask=model.decay_mask).items())
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    moved = {"/".join(map(str, path)): bool(jnp.any(leaf[...] != 0)) for path, leaf in nnx.to_flat_state(updates)}
+    tensors = {
+        "blocks/0/gru/in_kernel",
+        "blocks/0/gru/state_kernel",
+        "blocks/0/own/kernel",
+        "blocks/0/neighbour/kernel",
+    }
+    tensors |= {f"blocks/1/{name}" for name in ("key/kernel", "query/kernel", "value/kernel", "weight")}
+    tensors |= {f"readout/{name}" for name in ("key/kernel", "query/kernel", "out/kernel", "weight")}
+    assert {path for path in moved if moved[path]} == tensors | {"transform/kernel", "item_embedding/embedding"}
 
 
 def test_half_precision():
