@@ -93,6 +93,10 @@ def test_make_targets_and_files_exist(path):
         assert (path.parent / link).exists(), link
 
 
+def test_readme_stays_short():
+    assert len(README.splitlines()) <= 200, "move what only some readers need to docs/"
+
+
 def test_nothing_is_left_to_fill_in():
     assert not re.search(r"@[A-Z_]+@", README)
 
