@@ -33,6 +33,8 @@ Duplicates = Literal["all", "exact", "first", "last"]
 SplitMethod = Literal["leave-one-out", "global-time"]
 Keep = Literal["last", "first"]
 Weighting = Literal["distance", "frequency"]
+# What test users are grouped by, to see who gains.
+Grouping = Literal["popularity", "length"]
 # The metric of the validation items by which the best epoch is chosen.
 SELECTION_K = 10
 SELECTION = f"NDCG@{SELECTION_K}"

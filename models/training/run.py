@@ -14,6 +14,7 @@ import numpy as np
 
 from models.architectures.registry import model_class
 from models.config import SELECTION, Optimizer, TrainConfig
+from models.evaluation.groups import Groups, summarize_groups
 from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_bytes, write_json, write_text
 from models.training import beside
 from models.training.files import EMBEDDINGS, curve, read_history
@@ -29,7 +30,7 @@ except ImportError:  # there is none on Windows
     resource = None
 
 # Of result.json. Results that say nothing are of the first format, of seeds that were trained alone.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Result:
       peak_memory: the most memory the process (on a GPU or TPU: the device) has used so far, in bytes; 0: not known.
       device: what it ran on.
       seeds_together: how many seeds shared the program, this one included.
+      epoch_steps: how many steps an epoch has; None: not known, in results of the first format.
+      groups: metrics of the test items by groups of users, see :func:`~models.evaluation.groups.summarize_groups`;
+        empty in results of the first format.
       format: of ``result.json``. A later one may have more fields.
     """
 
@@ -65,6 +69,8 @@ class Result:
     peak_memory: int
     device: str
     seeds_together: int = 1
+    epoch_steps: int | None = None
+    groups: Groups = dataclasses.field(default_factory=dict)
     format: int = FORMAT
 
     @classmethod
@@ -318,6 +324,8 @@ class Run:
             peak_memory=peak_memory(),
             device=str(jax.devices()[0].device_kind),
             seeds_together=len(program.seeds),
+            epoch_steps=self.prepared.epoch_steps,
+            groups=summarize_groups(ranks, self.prepared.split, self.config.ks),
         )
         if self._scalars is not None:
             self._scalars.close()
