@@ -22,7 +22,7 @@ FORMAT = 3
 REVISIONS = {"sevo-gradient": 2}
 EARLIER = {"sevo-gradient": "corrected the moments of all tables, not of the smoothed ones alone"}
 # What a run records and writes besides, and what does not change it.
-ASIDE = ("cache_dir", "diagnostics", "keep_epochs", "ks", "optimizer", "per_user", "tensorboard")
+ASIDE = ("cache_dir", "diagnostics", "keep_epochs", "ks", "logger", "optimizer", "per_user")
 SOURCE = tuple(field.name for field in dataclasses.fields(SourceConfig))
 
 

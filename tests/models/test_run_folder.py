@@ -82,7 +82,7 @@ class TestOthersFiles:
         assert (tmp_path / ".gitignore").read_text() == "*"
 
     def test_overwriting_removes_what_a_run_writes_and_no_more(self, prepared, trained):
-        train(prepared, trained, overwrite=True, tensorboard=True, per_user=True)
+        train(prepared, trained, overwrite=True, logger=("tensorboard",), per_user=True)
         mine = [
             "notes.txt",
             "model.jaxexport",
@@ -137,7 +137,7 @@ class TestResuming:
     @pytest.mark.parametrize("how", ["the same", "tensorboard", "patience"])
     def test_a_finished_run_stays_as_it_is(self, prepared, trained, how):
         before = contents(trained)
-        options = {"the same": {}, "tensorboard": {"tensorboard": True}, "patience": {"patience": 2}}[how]
+        options = {"the same": {}, "tensorboard": {"logger": ("tensorboard",)}, "patience": {"patience": 2}}[how]
         result = train(prepared, trained, resume=True, **options)
         assert len(result.losses) == 6
         assert contents(trained) == before
