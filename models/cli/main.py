@@ -208,8 +208,10 @@ def _config(command: Any) -> TrainConfig:
 
 def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":
     """Checks everything that can be checked before training, and says what is trained on."""
+    from models.training.loggers import check_installed
     from models.training.training_data import make_training_data
 
+    check_installed(config.logger)
     make_folder("output_dir", output_dir)
     prepared = make_training_data(load_and_describe(config), config)
     if prepared.nodes is not None:
