@@ -150,6 +150,14 @@ class TestRuns:
         assert smoothed.gain(plain, SELECTION) == gain(smoothed.values(SELECTION), plain.values(SELECTION))
         assert source_of(group).graphs == ()
 
+    def test_cells_of_an_earlier_version_are_told_apart(self, tmp_path):
+        cell = json.loads((RESULTS / "table-3" / "beauty-sasrec-bce-sevo-gradient-seed0.json").read_text())
+        for revision in (1, cell["revision"]):
+            (tmp_path / f"{revision}.json").write_text(json.dumps(cell | {"revision": revision}))
+        (group,) = read_groups([tmp_path])
+        assert [arm.label for arm in group.arms] == ["sevo-gradient (earlier version)", "sevo-gradient"]
+        assert "earlier version, which corrected the moments" in tables.summary(group).lines[0].note
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [
@@ -202,6 +210,7 @@ class TestTables:
             arms.append(Arm(optimizer, [dataclasses.replace(run, result=run.result | {"groups": groups})]))
         found = Group("title", arms)
         (table,) = tables.by_group(found)
+        assert table.title == f"Test {SELECTION} by popularity: training interactions of the item to find"
         assert table.columns == ["1–4 (20 users)", "20+ (1,500 users)"]
         assert [[figure.gain for figure in line.figures] for line in table.lines] == [["", ""], ["+100.0%", "+0.0%"]]
 
