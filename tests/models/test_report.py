@@ -23,7 +23,7 @@ from models.report.graphs import known_source, source_of
 from models.report.page import curves, write_page
 from models.report.runs import Arm, Group, read_groups
 from models.training.checkpoints import Checkpoint, Checkpoints, RunInfo, flatten
-from models.training.compare import gain
+from models.training.compare import Gain, gain
 from tests.browser_check import find_chromium, watch
 from tests.models.saved_runs import CONFIG, params_of, small_data
 
@@ -207,6 +207,8 @@ class TestTables:
         write_run(tmp_path / "epochs", "sevo-gradient", 0, 0.4, epochs=3, data=str(data))
         (group,) = read_groups([tmp_path])
         assert [line.figures[1].gain for line in tables.summary(group).lines] == ["", "", ""]
+        plain, *others = group.arms
+        assert [arm.gain(plain, SELECTION) for arm in others] == [Gain(None, None)] * 2
 
     def test_groups_of_users_where_results_have_them(self, group):
         (table,) = tables.by_group(group)
