@@ -458,9 +458,7 @@ def test_real_training(folder, one_row):
     assert set(cell.versions) == {"jax", "flax", "optax", "sevo_optax"}
 
 
-def test_workers_share_the_cells(one_row, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+def test_workers_share_the_cells(one_row):
     reproduce(workers=2, arms=("sevo-adamw",))
     assert cells() == ["tiny-sasrec-bce-sevo-adamw-seed0", "tiny-sasrec-bce-sevo-adamw-seed1"]
 
