@@ -18,6 +18,7 @@ from models.cli.commands import Evaluate, Export, Recommend, load_and_describe
 from models.cli.parsing import parse
 from models.config import OPTIMIZERS, GraphConfig, Optimizer, SourceConfig, TrainConfig
 from models.memory import out_of_memory_told
+from models.report import Report
 from models.reproduce import Reproduce
 from models.training import progress
 from models.training.files import make_folder
@@ -31,7 +32,8 @@ PROGRAM = "python -m models"
 DESCRIPTION = "Trains, compares and uses recommenders. --version instead of a command says which release this is."
 USAGE_ERROR = 2
 PATHS = ("output_dir", "results_dir", "work_dir", "data_dir", "cache_dir", "checkpoint", "data", "histories", "titles")
-PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates")
+PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates", "vectors", "embeddings")
+PATHS += ("runs",)
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -91,10 +93,10 @@ class Compare(RunOptions):
     seeds: int = 1
     """How many seeds, counted on from seed. Several give mean ± standard deviation and a paired t-test."""
     output_dir: Path = Path("runs/compare")
-    """Folder for compare.json, compare.png and one folder a run."""
+    """Folder for compare.json, compare.png, report.html and one folder a run."""
 
     def run(self) -> None:
-        """Trains every arm, and prints the table and where the picture is."""
+        """Trains every arm, and prints the table and where the picture and the page about it are."""
         from models.training import compare
 
         self._check_output()
@@ -124,8 +126,22 @@ class Compare(RunOptions):
             print(f"\ntest metrics ({protocol}):\n")
             print(compare.table(results))
             print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
+            self._report(arms, config.seed, prepared)
         if diverged is not None:
             raise diverged
+
+    def _report(self, arms: Sequence[Optimizer], seed: int, prepared: "TrainingData") -> None:
+        """Writes the page about the comparison. What was trained is worth more than a page that cannot be made."""
+        from models.report.page import write_comparison
+
+        names = [f"{arm}-{seed + i}" for arm in arms for i in range(self.seeds)]
+        folders = [self.output_dir / name for name in names if (self.output_dir / name / "run.json").exists()]
+        try:
+            write_comparison(folders, prepared, self.output_dir / "report.html")
+        except (ValueError, OSError) as error:
+            print(f"warning: there is no report: {error}", file=sys.stderr)
+        else:
+            print(f"report, to open in a browser: {self.output_dir / 'report.html'}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +158,10 @@ class Graph(GraphConfig, SourceConfig):
         check_numbers(self)
         check_split(self)
         check_graph(self)
+        if self.part == "all" and self.cold_items:
+            raise ValueError(
+                f"cold_items is not heeded with part all, got {self.cold_items}; leave it out or give --part train"
+            )
         if self.part == "all" and self.split != "leave-one-out":
             raise ValueError(f"split is not heeded with part all, got {self.split}; leave it out or give --part train")
         if "item-item" not in self.graph:
@@ -151,12 +171,14 @@ class Graph(GraphConfig, SourceConfig):
 
         make_folder("output_dir", self.output_dir)
         interactions = load_and_describe(self)
-        if self.part == "train" and set(self.graph) != {"attributes"}:
+        if self.part == "train" and not set(self.graph) <= {"attributes", "knn"}:
             interactions = split_interactions(interactions, self).train
         adjacency = graphs.build_graph(interactions, self)
         source = "embedded data" if self.data is None else self.data.stem
         title = graphs.describe_graphs(source, self.part, self)
         print(title)
+        for note in graphs.graph_notes(self, interactions.item_ids):
+            print(f"  {note}")
         for line in graphs.describe(adjacency, title, self.output_dir):
             print(line)
 
@@ -178,6 +200,7 @@ COMMANDS: dict[str, Any] = {
     "export": Export,
     "graph": Graph,
     "reproduce": Reproduce,
+    "report": Report,
 }
 TRAINING = ("train", "compare")
 
@@ -192,13 +215,18 @@ def _config(command: Any) -> TrainConfig:
 
 def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":
     """Checks everything that can be checked before training, and says what is trained on."""
+    from models.graphs import graph_notes
+    from models.training.loggers import check_installed
     from models.training.training_data import make_training_data
 
+    check_installed(config.logger)
     make_folder("output_dir", output_dir)
     prepared = make_training_data(load_and_describe(config), config)
     if prepared.nodes is not None:
         adjacency = prepared.nodes.adjacency
         print(f"graph: {adjacency.nse:,} entries between {adjacency.shape[0]:,} nodes", flush=True)
+        for note in graph_notes(config, prepared.interactions.item_ids):
+            print(f"  {note}", flush=True)
     return prepared
 
 

@@ -125,7 +125,10 @@ def test_a_full_disk_is_one_line(data, tmp_path, monkeypatch, capsys):
 def test_compare(data, tmp_path, capsys):
     status, printed, _ = run(capsys, "compare", "--data", data, "--output-dir", tmp_path / "out", *SMALL)
     assert status == 0
-    assert printed.rstrip().endswith("compare.json")
+    *_, pictures, report = printed.rstrip().splitlines()
+    assert pictures.endswith("compare.json")
+    assert report == f"report, to open in a browser: {tmp_path / 'out' / 'report.html'}"
+    assert "sasrec on data, bce" in (tmp_path / "out" / "report.html").read_text()
     assert all(name in printed for name in ["adamw", "sevo-adamw", "sevo-gradient"])
 
 
@@ -211,6 +214,19 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["train", "--loss", "gbce", "--no-logq-correction"], "logq_correction is not heeded by loss gbce, got False"),
         (["graph", "--split", "global-time", "--part", "all"], "split is not heeded with part all"),
         (["graph", "--attributes", "x"], "attributes is not heeded by graph item-item, got x"),
+        (
+            ["train", "--vectors", "x"],
+            "vectors is not heeded by graph item-item, got x; leave it out or give --graph knn",
+        ),
+        (
+            ["train", "--max-neighbors", "3"],
+            "max_neighbors is not heeded by graph item-item, got 3; leave it out or give",
+        ),
+        (["train", "--graph", "knn", "--knn-neighbors", "0"], "knn_neighbors must be at least 1, got 0"),
+        (["train", "--graph", "knn"], "vectors: the graph knn needs --vectors"),
+        (["train", "--cold-items", "1"], "cold_items must lie in [0, 1), got 1.0"),
+        (["graph", "--part", "all", "--cold-items", "0.1"], "cold_items is not heeded with part all, got 0.1"),
+        (["export", "--checkpoint", "x", "--embeddings", "items.csv"], "embeddings must end in .npz, got items.csv"),
         (
             ["graph", "--graph", "attributes", "--attributes", "x", "--max-hops", "3"],
             "max_hops is not heeded by graph attributes, got 3",
