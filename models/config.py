@@ -15,6 +15,7 @@ from models.checks import QUANTILES, check_graph, check_loss, check_numbers, che
 Loss = Literal["bce", "ce", "sampled-softmax", "gbce", "bpr"]
 Negatives = Literal["shared", "per-position"]
 Schedule = Literal["constant", "linear", "cosine"]
+Logger = Literal["tensorboard", "wandb", "mlflow"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal[
     "adamw",
@@ -33,6 +34,8 @@ Duplicates = Literal["all", "exact", "first", "last"]
 SplitMethod = Literal["leave-one-out", "global-time"]
 Keep = Literal["last", "first"]
 Weighting = Literal["distance", "frequency"]
+# What test users are grouped by, to see who gains.
+Grouping = Literal["popularity", "length"]
 Metric = Literal["cosine", "dot", "euclidean"]
 Search = Literal["exact", "approximate"]
 # The metric of the validation items by which the best epoch is chosen.
@@ -190,7 +193,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
     eval_every: int = 5
     """Epochs between two evaluations on the validation items."""
     ks: tuple[int, ...] = (1, 5, 10)
-    """Lengths of the lists that HR@k, NDCG@k, MRR@k and coverage@k are given for."""
+    """Lengths of the lists that HR@k, NDCG@k, MRR@k and coverage@k are given for. As there is one item to find, HR@k
+    is recall@k, and MRR@k is MAP@k."""
     exclude_seen: bool = True
     """Whether items in a user's history are left out of the ranking."""
     per_user: bool = False
@@ -207,8 +211,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
     """Whether each epoch records the smoothness of updates and tables, and the alignment of the two updates."""
     keep_epochs: tuple[int, ...] = ()
     """Epochs after which the table that items are scored by is kept, in embeddings/EPOCH.npz; 0: before the first."""
-    tensorboard: bool = False
-    """Whether to write scalars for TensorBoard."""
+    logger: tuple[Logger, ...] = ()
+    """Where else scalars go, one or several: to TensorBoard, Weights & Biases or MLflow (left out: nowhere)."""
     seed: int = 0
     """Seed of initialisation, shuffling, negatives and dropout."""
 
@@ -275,6 +279,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
             raise ValueError(f"patience must be at least 1, got {self.patience}")
         if min(self.keep_epochs, default=0) < 0:
             raise ValueError(f"keep_epochs must be numbers of at least 0, got {self.keep_epochs}")
+        if len(set(self.logger)) < len(self.logger):
+            raise ValueError(f"logger must name each once, got {' '.join(self.logger)}")
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"ks must be one or more numbers of at least 1, got {self.ks}")
         if self.warmup_epochs >= self.epochs:

@@ -18,6 +18,7 @@ from models.cli.commands import Evaluate, Export, Recommend, load_and_describe
 from models.cli.parsing import parse
 from models.config import OPTIMIZERS, GraphConfig, Optimizer, SourceConfig, TrainConfig
 from models.memory import out_of_memory_told
+from models.report import Report
 from models.reproduce import Reproduce
 from models.training import progress
 from models.training.files import make_folder
@@ -32,6 +33,7 @@ DESCRIPTION = "Trains, compares and uses recommenders. --version instead of a co
 USAGE_ERROR = 2
 PATHS = ("output_dir", "results_dir", "work_dir", "data_dir", "cache_dir", "checkpoint", "data", "histories", "titles")
 PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates", "vectors", "embeddings")
+PATHS += ("runs",)
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -91,10 +93,10 @@ class Compare(RunOptions):
     seeds: int = 1
     """How many seeds, counted on from seed. Several give mean ± standard deviation and a paired t-test."""
     output_dir: Path = Path("runs/compare")
-    """Folder for compare.json, compare.png and one folder a run."""
+    """Folder for compare.json, compare.png, report.html and one folder a run."""
 
     def run(self) -> None:
-        """Trains every arm, and prints the table and where the picture is."""
+        """Trains every arm, and prints the table and where the picture and the page about it are."""
         from models.training import compare
 
         self._check_output()
@@ -124,8 +126,22 @@ class Compare(RunOptions):
             print(f"\ntest metrics ({protocol}):\n")
             print(compare.table(results))
             print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
+            self._report(arms, config.seed, prepared)
         if diverged is not None:
             raise diverged
+
+    def _report(self, arms: Sequence[Optimizer], seed: int, prepared: "TrainingData") -> None:
+        """Writes the page about the comparison. What was trained is worth more than a page that cannot be made."""
+        from models.report.page import write_comparison
+
+        names = [f"{arm}-{seed + i}" for arm in arms for i in range(self.seeds)]
+        folders = [self.output_dir / name for name in names if (self.output_dir / name / "run.json").exists()]
+        try:
+            write_comparison(folders, prepared, self.output_dir / "report.html")
+        except (ValueError, OSError) as error:
+            print(f"warning: there is no report: {error}", file=sys.stderr)
+        else:
+            print(f"report, to open in a browser: {self.output_dir / 'report.html'}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +200,7 @@ COMMANDS: dict[str, Any] = {
     "export": Export,
     "graph": Graph,
     "reproduce": Reproduce,
+    "report": Report,
 }
 TRAINING = ("train", "compare")
 
@@ -199,8 +216,10 @@ def _config(command: Any) -> TrainConfig:
 def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":
     """Checks everything that can be checked before training, and says what is trained on."""
     from models.graphs import graph_notes
+    from models.training.loggers import check_installed
     from models.training.training_data import make_training_data
 
+    check_installed(config.logger)
     make_folder("output_dir", output_dir)
     prepared = make_training_data(load_and_describe(config), config)
     if prepared.nodes is not None:

@@ -45,11 +45,11 @@ CHECKPOINT_FORMAT = 2
 PARTS = ("state/_METADATA", "state/manifest.ocdbt", "note/metadata")
 Which = Literal["best", "last"]
 
-# Options that every model had in earlier versions, and that did nothing for most.
-ELSEWHERE = ("attend_padding", "mask_probability", "mask_last_probability", "tie_output")
+# Options that every model had in earlier versions, and that did nothing for most; and one that is a logger now.
+ELSEWHERE = ("attend_padding", "mask_probability", "mask_last_probability", "tie_output", "tensorboard")
 
 # A run may go on although these differ: they do not change what an epoch does.
-MAY_DIFFER = ("data", "cache_dir", "epochs", "patience", "tensorboard", "per_user")
+MAY_DIFFER = ("data", "cache_dir", "epochs", "patience", "logger", "per_user")
 
 
 class CheckpointError(ValueError):

@@ -46,7 +46,8 @@ def gain(values: Sequence[float], base: Sequence[float]) -> Gain:
 
     mean = statistics.fmean(base)
     relative = statistics.fmean(values) / mean - 1 if mean else None
-    differences = {value - other for value, other in zip(values, base, strict=True)}
+    # Rounded: figures are float32, and the same share of users gives differences that differ in the last bits.
+    differences = {round(value - other, 8) for value, other in zip(values, base, strict=True)}
     if len(differences) < 2:
         return Gain(relative, None)
     return Gain(relative, float(stats.ttest_rel(values, base).pvalue))
@@ -137,7 +138,7 @@ def _check_folder(output_dir: Path, names: Sequence[str]) -> None:
 
     if any((output_dir / name / "run.json").exists() for name in names):
         return
-    for name in ("compare.json", "compare.png"):
+    for name in ("compare.json", "compare.png", "report.html"):
         if (output_dir / name).exists():
             raise CheckpointError(
                 f"{output_dir} holds {name}, but none of the runs {', '.join(names[:3])} …; give another --output-dir"
@@ -172,13 +173,19 @@ def summary(results: dict[str, list[Result]]) -> dict[str, Any]:
                 "sd": statistics.stdev(values) if len(values) > 1 else None,
             }
             if optimizer != base:
-                metrics[name] |= dataclasses.asdict(_paired_gain(runs, results[base], name))
+                metrics[name] |= dataclasses.asdict(paired_gain(runs, results[base], name))
         report["optimizers"][optimizer] = {"test": metrics, "runs": [dataclasses.asdict(run) for run in runs]}
     return report
 
 
-def _paired_gain(runs: Sequence[Result], base: Sequence[Result], metric: str) -> Gain:
-    """Compares two arms over the seeds that both have: one of them may have diverged with some."""
+def paired_gain(runs: Sequence[Result], base: Sequence[Result], metric: str) -> Gain:
+    """Compares two arms over the seeds that both have: one of them may have diverged with some.
+
+    Args:
+      runs: of one arm, a seed each.
+      base: of plain AdamW.
+      metric: which test metric.
+    """
     by_seed = {run.config["seed"]: run.test[metric] for run in base}
     pairs = [(run.test[metric], by_seed[run.config["seed"]]) for run in runs if run.config["seed"] in by_seed]
     return gain(*zip(*pairs, strict=True)) if pairs else Gain(None, None)
@@ -198,7 +205,7 @@ def table(results: dict[str, list[Result]]) -> str:
         if not runs:
             lines.append([optimizer, "diverged", *[""] * (len(lines[0]) - 2)])
             continue
-        found = None if optimizer == base else _paired_gain(runs, results[base], SELECTION)
+        found = None if optimizer == base else paired_gain(runs, results[base], SELECTION)
         line = [optimizer]
         for name in names:
             values = [run.test[name] for run in runs]

@@ -15,6 +15,7 @@ import numpy as np
 from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
 from models.evaluation import metrics
 from models.training.interrupts import stop_gently
+from models.training.loggers import check_installed
 from models.training.program import Program
 from models.training.progress import Progress
 from models.training.run import Result, Run
@@ -99,6 +100,7 @@ def train_seeds(
       DivergedError: when all the others are finished, if a seed has diverged. It has their results.
       CheckpointError: as for :func:`train`.
     """
+    check_installed(config.logger)
     runs = [
         Run(prepared, dataclasses.replace(config, seed=seed, optimizer=optimizer), optimizer, directory)
         for seed, directory in zip(seeds, output_dirs, strict=True)

@@ -14,9 +14,11 @@ import numpy as np
 
 from models.architectures.registry import model_class
 from models.config import SELECTION, Optimizer, TrainConfig
+from models.evaluation.groups import Groups, summarize_groups
 from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_bytes, write_json, write_text
 from models.training import beside
-from models.training.files import EMBEDDINGS, curve, read_history
+from models.training.files import EMBEDDINGS, LOGGERS, TENSORBOARD, curve, read_history
+from models.training.loggers import Loggers, Status
 from models.training.program import Program
 from models.training.training_data import TrainingData
 
@@ -29,7 +31,7 @@ except ImportError:  # there is none on Windows
     resource = None
 
 # Of result.json. Results that say nothing are of the first format, of seeds that were trained alone.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Result:
       peak_memory: the most memory the process (on a GPU or TPU: the device) has used so far, in bytes; 0: not known.
       device: what it ran on.
       seeds_together: how many seeds shared the program, this one included.
+      epoch_steps: how many steps an epoch has; None: not known, in results of the first format.
+      groups: metrics of the test items by groups of users, see :func:`~models.evaluation.groups.summarize_groups`;
+        empty in results of the first format.
       format: of ``result.json``. A later one may have more fields.
     """
 
@@ -65,6 +70,8 @@ class Result:
     peak_memory: int
     device: str
     seeds_together: int = 1
+    epoch_steps: int | None = None
+    groups: Groups = dataclasses.field(default_factory=dict)
     format: int = FORMAT
 
     @classmethod
@@ -113,7 +120,7 @@ class Run:
         self.info: RunInfo | None = None
         self.continues = False
         self.saved = 0
-        self._scalars: Any = None
+        self._loggers: Loggers | None = None
         self._claims = contextlib.ExitStack()
 
     @property
@@ -132,8 +139,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._scalars is not None:
-            self._scalars.close()
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._close_loggers("interrupted" if interrupted else "failed")  # those of a finished run are closed
         self._claims.close()
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
@@ -228,7 +235,11 @@ class Run:
         return restored
 
     def start(self) -> None:
-        """Takes possession of the folder: removes what is there, unless the run continues, and writes what it is."""
+        """Takes possession of the folder: removes what is there, unless the run continues, and writes what it is.
+
+        Raises:
+          ValueError: if a logger cannot be used.
+        """
         if self.directory is None:
             return
         for path in self.directory.glob(f"{PARTIAL}*"):  # of a process that was killed
@@ -241,28 +252,25 @@ class Run:
             if not self.saved or not path.stem.isdecimal() or int(path.stem) > self.saved:
                 path.unlink()
         if not self.continues:
-            _remove_scalars(self.directory / "tensorboard")
+            _remove_scalars(self.directory / TENSORBOARD)
+            (self.directory / LOGGERS).unlink(missing_ok=True)
         self.info.write(self.directory, self.prepared.interactions.item_ids)
         beside.write_context(self.directory, self.prepared.context)
         if model_class(self.config.model).query == "user":
             beside.write_users(self.directory, self.prepared.interactions, self.prepared.split.train.user_ids)
         self._write_history()
-        if self.config.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._scalars = SummaryWriter(str(self.directory / "tensorboard"), purge_step=len(self.history) + 1)
+        self._loggers = Loggers(self.config.logger, self.directory, epochs=len(self.history))
+        self._loggers.start(self.config.to_dict())
 
     def record(self, record: dict[str, Any]) -> None:
         """Adds an epoch to the history."""
         self.history.append(record)
         if self.directory is not None:
             append_text(self.directory / "history.jsonl", json.dumps(record) + "\n")
-        if self._scalars is not None:
+        if self._loggers is not None:
             scalars = {"loss": record["loss"], "tokens per second": record["tokens_per_second"]}
             scalars |= {f"validation/{name}": value for name, value in record.get("validation", {}).items()}
-            scalars |= record.get("diagnostics", {})
-            for name, value in scalars.items():
-                self._scalars.add_scalar(name.replace(" ", "_"), value, record["epoch"])
+            self._loggers.scalars(record["epoch"], scalars | record.get("diagnostics", {}))
 
     def replace_last_record(self, record: dict[str, Any]) -> None:
         """Changes the newest epoch of the history; its checkpoint is to be written again."""
@@ -294,8 +302,6 @@ class Run:
         best = (float("-inf"), 0, params) if self.best is None else self.best
         leaves = flatten(params, "last") | flatten(best[2], "best") | flatten(opt_state, "opt_state")
         progress = {"best": best[0], "best_epoch": best[1], "stale": self.stale, "seconds": self.seconds}
-        if self._scalars is not None:
-            self._scalars.flush()
         self.checkpoints.save(Checkpoint(epoch, leaves, progress))
         self.saved = epoch
 
@@ -318,10 +324,12 @@ class Run:
             peak_memory=peak_memory(),
             device=str(jax.devices()[0].device_kind),
             seeds_together=len(program.seeds),
+            epoch_steps=self.prepared.epoch_steps,
+            groups=summarize_groups(ranks, self.prepared.split, self.config.ks),
         )
-        if self._scalars is not None:
-            self._scalars.close()
-            self._scalars = None
+        if self._loggers is not None:
+            self._loggers.scalars(len(self.history), {f"test/{name}": value for name, value in test.items()})
+            self._close_loggers("finished")
         if self.directory is not None:
             from models import plots  # matplotlib is slow to import and not needed to train
 
@@ -330,6 +338,11 @@ class Run:
             plots.validation_curves({self.optimizer: [curve(self.history)]}, self.directory / "curve.png")
             write_json(self.directory / "result.json", dataclasses.asdict(result))
         self.finished = result
+
+    def _close_loggers(self, status: Status) -> None:
+        if self._loggers is not None:
+            self._loggers.close(status)
+            self._loggers = None
 
     def _write_history(self) -> None:
         write_text(self.directory / "history.jsonl", "".join(json.dumps(record) + "\n" for record in self.history))

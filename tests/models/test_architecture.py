@@ -21,6 +21,7 @@ FLOORS = [
     ("training",),
     ("serving",),
     ("reproduce",),
+    ("report",),
     ("cli",),
     ("__main__",),
 ]

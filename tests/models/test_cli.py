@@ -125,7 +125,10 @@ def test_a_full_disk_is_one_line(data, tmp_path, monkeypatch, capsys):
 def test_compare(data, tmp_path, capsys):
     status, printed, _ = run(capsys, "compare", "--data", data, "--output-dir", tmp_path / "out", *SMALL)
     assert status == 0
-    assert printed.rstrip().endswith("compare.json")
+    *_, pictures, report = printed.rstrip().splitlines()
+    assert pictures.endswith("compare.json")
+    assert report == f"report, to open in a browser: {tmp_path / 'out' / 'report.html'}"
+    assert "sasrec on data, bce" in (tmp_path / "out" / "report.html").read_text()
     assert all(name in printed for name in ["adamw", "sevo-adamw", "sevo-gradient"])
 
 

@@ -112,7 +112,8 @@ def invented(config, optimizer, seed, together=1):
     metrics = dict(zip(METRICS, rng.random(len(METRICS)), strict=True))
     fields = {field.name: 0 for field in dataclasses.fields(loop.Result)}
     fields |= {"optimizer": optimizer, "protocol": "guessed", "best_epoch": 2, "device": "cpu", "epoch_seconds": 3.0}
-    fields |= {"total_seconds": 90.0, "seeds_together": together, "format": 1}
+    fields |= {"total_seconds": 90.0, "seeds_together": together, "format": 1, "epoch_steps": 7}
+    fields |= {"groups": {"popularity": {"never seen": {"users": 0}, "1-4": {"users": 9, "MRR@10": 1.0} | metrics}}}
     return loop.Result(**fields | {"validation": metrics, "test": metrics})
 
 
@@ -388,21 +389,20 @@ class TestFormats:
 
     def test_cells_without_a_format_are_of_the_first(self, folder, trained):
         assert len(self.CELLS) >= 20
-        assert {Cell.read(path).format for path in self.CELLS} <= {1, 2}
+        assert {Cell.read(path).format for path in self.CELLS} <= {1, 2, 3}
         reproduce(seeds=1)
         path = Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")
         written = json.loads(path.read_text())
-        assert written.pop("format") == 2
+        assert written.pop("format") == 3
         before = Cell.read(path)
-        path.write_text(
-            json.dumps({name: x for name, x in written.items() if name not in ("revision", "inference_seconds")})
-        )
-        assert Cell.read(path) == dataclasses.replace(before, format=1)
+        later = ("revision", "inference_seconds", "epoch_steps", "groups")
+        path.write_text(json.dumps({name: x for name, x in written.items() if name not in later}))
+        assert Cell.read(path) == dataclasses.replace(before, format=1, epoch_steps=None, groups={})
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"format": 3, "wings": 2}, "later version of this program (format 3; known are those up to 2): update it"),
+            ({"format": 4, "wings": 2}, "later version of this program (format 4; known are those up to 3): update it"),
             ({"wings": 2}, "holds no cell; delete it, and it will be trained again (got an unexpected keyword"),
             ({"format": "new"}, "holds no cell; delete it, and it will be trained again (its format is 'new'"),
         ],
@@ -450,6 +450,11 @@ def test_real_training(folder, one_row):
     assert (cell.variant, cell.arm, cell.settings) == ("bce", "sevo-adamw", {})
     assert cell.test == pytest.approx(direct.test, abs=1e-6)
     assert cell.best_epoch == direct.best_epoch
+    assert cell.epoch_steps == direct.epoch_steps == 3
+    for grouping, groups in direct.groups.items():
+        for name, found in groups.items():
+            kept = {metric: found[metric] for metric in ("users", *METRICS) if metric in found}
+            assert cell.groups[grouping][name] == pytest.approx(kept, abs=1e-6)
     assert [record["loss"] for record in cell.history] == pytest.approx(direct.losses, abs=1e-5)
     history = read_history(folder / "direct" / "history.jsonl")
     assert cell.history[1]["validation"]["NDCG@10"] == pytest.approx(history[1]["validation"]["NDCG@10"], abs=1e-6)
