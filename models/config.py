@@ -36,6 +36,8 @@ Keep = Literal["last", "first"]
 Weighting = Literal["distance", "frequency"]
 # What test users are grouped by, to see who gains.
 Grouping = Literal["popularity", "length"]
+Metric = Literal["cosine", "dot", "euclidean"]
+Search = Literal["exact", "approximate"]
 # The metric of the validation items by which the best epoch is chosen.
 SELECTION_K = 10
 SELECTION = f"NDCG@{SELECTION_K}"
@@ -83,6 +85,8 @@ class SourceConfig(ReadingConfig):
     """global-time: shares of all interactions before the moments of validation and test; training is before both."""
     split_times: tuple[str, str] | None = None
     """global-time: the two moments themselves; dates too, if the data's times are seconds since 1970."""
+    cold_items: float = 0.0
+    """Share of the items, the same in every run, that no training sees and that alone are predicted; 0: none."""
     cache_dir: Path | None = None
     """Where public data sets are kept (left out: what SEVO_OPTAX_CACHE says, or the user's cache folder)."""
 
@@ -92,8 +96,9 @@ class GraphConfig:
     """What the updates are smoothed over: graphs of the training part, by name or from a file."""
 
     graph: tuple[str, ...] = ("item-item",)
-    """item-item: items that follow each other. user-item: users and their items. attributes: items that share one.
-    Or a file that graph.save wrote. Several are combined."""
+    """item-item: items that follow each other. shared-users: items of the same users. user-item: users and their items.
+    attributes: items that share one. knn: items with similar vectors. Or a file that graph.save wrote. Several are
+    combined."""
     graph_weights: tuple[float, ...] = ()
     """How much each graph counts (left out: all alike); each is normalised first."""
     graph_max_length: int = 50
@@ -104,6 +109,16 @@ class GraphConfig:
     """item-item: how far apart in a history two items may be to be related."""
     graph_weighting: Weighting = "distance"
     """item-item: distance: a pair counts 1 / hops. frequency: every pair counts 1."""
+    max_neighbors: int = 50
+    """shared-users: edges an item keeps, those to the items with the most similar sets of users."""
+    vectors: Path | None = None
+    """knn: an .npz with the arrays item_ids and vectors, a row an item, such as export --embeddings writes."""
+    knn_neighbors: int = 20
+    """knn: nearest items that each item counts."""
+    knn_metric: Metric = "cosine"
+    """knn: what is near."""
+    knn_method: Search = "exact"
+    """knn: exact: all pairs are compared. approximate: an index of faiss, for catalogues beyond some 100,000 items."""
     attributes: Path | None = None
     """attributes: a .tsv or .csv with one line an item."""
     attribute_item_column: str = "item_id"
@@ -279,6 +294,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
             "embedding_dim",
             "graph_max_length",
             "max_hops",
+            "max_neighbors",
+            "knn_neighbors",
             "epochs",
             "batch_size",
             "eval_every",

@@ -49,7 +49,8 @@ def options(command):
 
 
 @pages("```python")
-def test_python_runs(path):
+def test_python_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for what a page writes
     assert run(path)
 
 

@@ -252,9 +252,15 @@ class Export:
     """The parameters with the best validation result, or the newest."""
     output: Path | None = None
     """File to write; the items' ids come beside it (left out: model.jaxexport in the run's folder)."""
+    embeddings: Path | None = None
+    """An .npz to write instead, or with --output besides: the items' ids and vectors, for --graph knn --vectors."""
 
     def run(self) -> None:
         """Exports, and prints where to and how to use it."""
+        if self.embeddings is not None and self.embeddings.suffix != ".npz":
+            raise ValueError(f"embeddings must end in .npz, got {self.embeddings}")
+        _make_parent("embeddings", self.embeddings)
+        refuse_run_file("embeddings", self.embeddings, self.checkpoint)
         output = self.checkpoint / "model.jaxexport" if self.output is None else self.output
         if self.output is not None:
             _make_parent("output", output)
@@ -264,6 +270,14 @@ class Export:
         from models.training.checkpoints import load_run
 
         run = load_run(self.checkpoint, self.which)
+        if self.embeddings is not None:
+            vectors = export.write_embeddings(run, self.embeddings)
+            print(
+                f"{self.checkpoint}, epoch {run.epoch}: wrote {len(vectors):,} vectors of {vectors.shape[1]} numbers "
+                f"and the items' ids, {self.embeddings}; give it to train --graph knn --vectors {self.embeddings}"
+            )
+            if self.output is None:
+                return
         items = export.write_export(run, output)
         size = output.stat().st_size / 1e6
         print(

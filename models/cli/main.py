@@ -32,7 +32,8 @@ PROGRAM = "python -m models"
 DESCRIPTION = "Trains, compares and uses recommenders. --version instead of a command says which release this is."
 USAGE_ERROR = 2
 PATHS = ("output_dir", "results_dir", "work_dir", "data_dir", "cache_dir", "checkpoint", "data", "histories", "titles")
-PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates", "runs")
+PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates", "vectors", "embeddings")
+PATHS += ("runs",)
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -157,6 +158,10 @@ class Graph(GraphConfig, SourceConfig):
         check_numbers(self)
         check_split(self)
         check_graph(self)
+        if self.part == "all" and self.cold_items:
+            raise ValueError(
+                f"cold_items is not heeded with part all, got {self.cold_items}; leave it out or give --part train"
+            )
         if self.part == "all" and self.split != "leave-one-out":
             raise ValueError(f"split is not heeded with part all, got {self.split}; leave it out or give --part train")
         if "item-item" not in self.graph:
@@ -166,12 +171,14 @@ class Graph(GraphConfig, SourceConfig):
 
         make_folder("output_dir", self.output_dir)
         interactions = load_and_describe(self)
-        if self.part == "train" and set(self.graph) != {"attributes"}:
+        if self.part == "train" and not set(self.graph) <= {"attributes", "knn"}:
             interactions = split_interactions(interactions, self).train
         adjacency = graphs.build_graph(interactions, self)
         source = "embedded data" if self.data is None else self.data.stem
         title = graphs.describe_graphs(source, self.part, self)
         print(title)
+        for note in graphs.graph_notes(self, interactions.item_ids):
+            print(f"  {note}")
         for line in graphs.describe(adjacency, title, self.output_dir):
             print(line)
 
@@ -208,6 +215,7 @@ def _config(command: Any) -> TrainConfig:
 
 def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":
     """Checks everything that can be checked before training, and says what is trained on."""
+    from models.graphs import graph_notes
     from models.training.loggers import check_installed
     from models.training.training_data import make_training_data
 
@@ -217,6 +225,8 @@ def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":
     if prepared.nodes is not None:
         adjacency = prepared.nodes.adjacency
         print(f"graph: {adjacency.nse:,} entries between {adjacency.shape[0]:,} nodes", flush=True)
+        for note in graph_notes(config, prepared.interactions.item_ids):
+            print(f"  {note}", flush=True)
     return prepared
 
 

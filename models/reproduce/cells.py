@@ -21,9 +21,12 @@ FORMAT = 3
 # How often the meaning of an arm has changed, counted from 1; and what its cells of an earlier revision did.
 REVISIONS = {"sevo-gradient": 2}
 EARLIER = {"sevo-gradient": "corrected the moments of all tables, not of the smoothed ones alone"}
+# Files, of which only the name counts.
+PORTABLE = ("data", "attributes", "vectors")
 # What a run records and writes besides, and what does not change it.
 ASIDE = ("cache_dir", "diagnostics", "keep_epochs", "ks", "logger", "optimizer", "per_user")
-SOURCE = tuple(field.name for field in dataclasses.fields(SourceConfig))
+# Where the data come from. Which items are cold is another matter: it changes what is trained and asked.
+SOURCE = tuple(field.name for field in dataclasses.fields(SourceConfig) if field.name != "cold_items")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +234,7 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     """A configuration as it is kept in a cell: plain JSON, without paths of this machine."""
     values = config.to_dict()
     del values["cache_dir"]
-    for name in ("data", "attributes"):
+    for name in PORTABLE:
         if values.get(name) is not None:
             values[name] = Path(values[name]).name
     return values

@@ -215,6 +215,19 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["graph", "--split", "global-time", "--part", "all"], "split is not heeded with part all"),
         (["graph", "--attributes", "x"], "attributes is not heeded by graph item-item, got x"),
         (
+            ["train", "--vectors", "x"],
+            "vectors is not heeded by graph item-item, got x; leave it out or give --graph knn",
+        ),
+        (
+            ["train", "--max-neighbors", "3"],
+            "max_neighbors is not heeded by graph item-item, got 3; leave it out or give",
+        ),
+        (["train", "--graph", "knn", "--knn-neighbors", "0"], "knn_neighbors must be at least 1, got 0"),
+        (["train", "--graph", "knn"], "vectors: the graph knn needs --vectors"),
+        (["train", "--cold-items", "1"], "cold_items must lie in [0, 1), got 1.0"),
+        (["graph", "--part", "all", "--cold-items", "0.1"], "cold_items is not heeded with part all, got 0.1"),
+        (["export", "--checkpoint", "x", "--embeddings", "items.csv"], "embeddings must end in .npz, got items.csv"),
+        (
             ["graph", "--graph", "attributes", "--attributes", "x", "--max-hops", "3"],
             "max_hops is not heeded by graph attributes, got 3",
         ),
