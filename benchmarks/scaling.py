@@ -6,7 +6,7 @@
 
 The first two need no more than a laptop. The devices of the first are virtual ones of the CPU: what programs send is
 the same on any, how long that takes is not, hence the formulas. `--rows` times the parts of a step next to a sum of two
-tables in place and to a gather of random rows, in turns, and gives shares of what these two reach. Seconds are those of
+tables in place and to reading random rows, in turns, and gives shares of what these two reach. Seconds are those of
 all cores together, the best of all rounds, so that other work on the machine disturbs them little. Neighbours are
 anywhere ("far") or at most 1,000 rows away ("near").
 """
@@ -364,11 +364,17 @@ def measure(nodes: int, args: argparse.Namespace) -> None:
     def apply(params: jax.Array, direction: jax.Array) -> tuple[jax.Array]:
         return (optax.apply_updates(params, update.update(direction, update.init(params), params)[0]),)
 
-    source, target = (np.ones((nodes, args.dim), np.float32) for _ in range(2))
-    order = rng.permutation(nodes)
+    source = np.ones((nodes, args.dim), np.float32)
+    some = np.empty((1000, args.dim), np.float32)  # stays in the cache
+    order = rng.integers(nodes, size=10**6)
+
+    def read_anywhere() -> None:
+        for start in range(0, order.size, len(some)):
+            np.take(source, order[start : start + len(some)], axis=0, out=some, mode="clip")
+
     yardsticks = {
         "sum in place": (3 * table * args.steps, in_place(lambda a, b: (a + b,), grads, whole=(grads,))),
-        "random rows": (2 * table + order.nbytes, lambda: np.take(source, order, axis=0, out=target, mode="clip")),
+        "random rows": (order.size * math.ceil(args.dim * 4 / 64) * 64 + order.nbytes, read_anywhere),
     }
     # For each part, bytes in order, bytes in rows anywhere, and what makes it, one at a time for the sake of memory.
     parts: dict[str, tuple[float, float, Callable[[], Callable[[], Any]]]] = {
