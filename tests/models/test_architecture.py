@@ -20,7 +20,7 @@ FLOORS = [
     ("evaluation",),
     ("training",),
     ("serving",),
-    ("reproduce",),
+    ("reproduce", "tuning"),
     ("cli",),
     ("__main__",),
 ]
