@@ -16,7 +16,7 @@ import tyro
 from models.checks import check_graph, check_numbers, check_split
 from models.cli.commands import Evaluate, Export, Recommend, load_and_describe
 from models.cli.parsing import parse
-from models.config import OPTIMIZERS, GraphConfig, Optimizer, SourceConfig, TrainConfig
+from models.config import OPTIMIZERS, SELECTION, GraphConfig, Optimizer, SourceConfig, TrainConfig
 from models.memory import out_of_memory_told
 from models.report import Report
 from models.reproduce import Reproduce
@@ -125,6 +125,10 @@ class Compare(RunOptions):
             protocol = next(run.protocol for runs in results.values() for run in runs)
             print(f"\ntest metrics ({protocol}):\n")
             print(compare.table(results))
+            reached = compare.times_to_quality(compare.read_courses(results, self.output_dir))
+            if reached:
+                print(f"\ntrained until the best validation {SELECTION} of {arms[0]} with the same seed is reached:\n")
+                print(compare.time_table(reached))
             print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
             self._report(arms, config.seed, prepared)
         if diverged is not None:

@@ -544,7 +544,7 @@ class TestReport:
         ]
         assert details[6:] == [f"{mean:.4f}", "2", "2", "3.00", "1.5"]
         assert self.lines(results, "| sevo-adamw, paper")[0][5] == "0.3300 ± 0.0100"
-        assert self.lines(results, "| sevo-adamw | 2 ") == [
+        assert self.lines(results, "| sevo-adamw | 2 |") == [
             ["sevo-adamw", "2", "0.500", "0.500", "0.400 – 0.600", "+0.0%"]
         ]
         assert self.lines(results, "| someone else")[0][5] == "0.4000 ± 0.0100"
@@ -577,6 +577,54 @@ class TestReport:
             "| sevo-adamw (beta 0.5) | 0.3000 | 0.4000 | – |",
             "| sevo-adamw (beta 0.9) | 0.2000 | 0.3000 | 0.6000 |",
         ]
+
+    def test_time_to_quality(self, folder, trained, monkeypatch):
+        reproduce(seeds=2)
+        curves = {
+            "adamw": [0.1, 0.3, 0.2],
+            "sevo-adamw-beta0.5": [0.4, 0.5, 0.5],
+            "sevo-adamw-beta0.9": [0.1, 0.1, 0.29],
+        }
+        for name, values in curves.items():
+            for seed in (0, 1):
+                path = Path(f"results/tiny/tiny-sasrec-ce-{name}-seed{seed}.json")
+                history = [
+                    {"epoch": 5 * i, "loss": 1.0, "validation": {"NDCG@10": value - seed / 10}}
+                    for i, value in enumerate(values, 1)
+                ]
+                dataclasses.replace(Cell.read(path), history=history, epoch_steps=7 if seed else 8).write(path)
+        drawn = []
+        monkeypatch.setattr(
+            plots, "training_curves", lambda runs, path, **options: drawn.append((runs, options["goal"]))
+        )
+        reproduce(report=True)
+        start = "| trained until adamw's best validation NDCG@10 |"
+        text = self.text(Path("results"))
+        header, _, *lines = text[text.rindex(start) :].splitlines()[:5]
+        assert header == f"{start} seeds that reach it | epochs | steps | seconds |"
+        assert lines == [
+            "| adamw | 2 of 2 | 10 ± 0 | 75 ± 7 | 30.0 ± 0.0 |",
+            "| sevo-adamw (beta 0.5) | 2 of 2 | 5 ± 0 | 38 ± 4 | 15.0 ± 0.0 |",
+            "| sevo-adamw (beta 0.9) | 0 of 2 | not reached | – | – |",
+        ]
+        runs, goal = drawn[1]
+        assert goal == plots.Goal("best of adamw", pytest.approx(0.25))
+        assert [run.arrival for run in runs] == [
+            plots.Arrival(10, 0.0, 0),
+            plots.Arrival(5, 0.0, 0),
+            plots.Arrival(None, None, 2),
+        ]
+
+        for path in Path("results/tiny").glob("*.json"):  # as earlier versions wrote them
+            dataclasses.replace(Cell.read(path), epoch_steps=None, groups={}).write(path)
+        reproduce(report=True)
+        text = self.text(Path("results"))
+        assert text[text.rindex(start) :].startswith(f"{start} seeds that reach it | epochs | seconds |")
+
+        Path("results/tiny/tiny-sasrec-bce-sevo-adamw-seed0.json").unlink()
+        Path("results/tiny/tiny-sasrec-bce-sevo-adamw-seed1.json").unlink()
+        reproduce(report=True)
+        assert self.text(Path("results")).count("| trained until") == 1  # of the row that has more than plain AdamW
 
     def test_comes_from_the_cells_alone_and_stays_the_same(self, results, monkeypatch):
         before = (results / "README.md").read_bytes()
