@@ -11,7 +11,7 @@ from models.config import SELECTION
 from models.reproduce.cells import cell_path
 from models.reproduce.maps import Maps
 from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains
-from models.reproduce.tables import PLAIN, SeedGroup
+from models.reproduce.tables import PLAIN, SeedGroup, settings_in_words
 
 TEST = f"test {SELECTION}"
 
@@ -198,7 +198,7 @@ def _draw_gains(found: TableCells, path: Path) -> bool:
         gains = {(x.subject, x.arm, tuple(x.settings.items())): x for x in average_gains(found.rows, base)}
         panels[f"over {base}"] = [
             plots.Bar(
-                ", ".join([key[0], *(f"{name} {value}" for name, value in key[2])])
+                ", ".join(filter(None, [key[0], settings_in_words(dict(key[2]))]))
                 + (" †" if key in gains and gains[key].short else ""),
                 plots.PALETTE[i % 2],
                 gains[key].gain if key in gains else None,
@@ -242,7 +242,7 @@ def _draw_maps(found: TableCells, results_dir: Path, path: Path) -> bool:
             file = map_path(results_dir, found.table.name, summary.group, summary.cells[0].seed)
             if file.is_file():
                 maps = Maps.read(file)
-                settings = ", ".join(f"{name} {value}" for name, value in summary.group.settings.items())
+                settings = settings_in_words(summary.group.settings)
                 drawn[settings] = {f"epoch {epoch}": places for epoch, places in maps.places.items()}
     if maps is None:
         return False

@@ -9,7 +9,7 @@ from typing import Any
 
 from models.config import SELECTION, Optimizer
 from models.reproduce.cells import Cell, Cells
-from models.reproduce.tables import BASELINES, METRICS, Measured, Published, Row, SeedGroup, Table
+from models.reproduce.tables import BASELINES, METRICS, Measured, Published, Row, SeedGroup, Table, settings_in_words
 from models.training.compare import Gain, gain
 from models.training.time_to_quality import Course, TimeToQuality, time_to_quality
 
@@ -214,7 +214,7 @@ class AverageGain:
     @property
     def label(self) -> str:
         """For readers: the arm and what is varied."""
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        settings = settings_in_words(self.settings)
         return f"{self.arm} ({settings})" if settings else self.arm
 
 

@@ -216,7 +216,7 @@ class SeedGroup:
     @property
     def label(self) -> str:
         """For readers: the arm and what is varied."""
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        settings = settings_in_words(self.settings)
         return f"{self.arm} ({settings})" if settings else self.arm
 
     def baseline(self, arm: Optimizer) -> "SeedGroup":
@@ -399,6 +399,22 @@ class Table:
         if group.row.teacher is None or group.arm in PLAIN:
             return None
         return next(row for row in self.rows if row.name == group.row.teacher).groups[0]
+
+
+def settings_in_words(settings: Mapping[str, Any]) -> str:
+    """What is varied, for readers.
+
+    Examples:
+      >>> settings_in_words({"beta": 0.9, "moment_correction": False})
+      'beta 0.9, no moment correction'
+    """
+
+    def words(name: str, value: object) -> str:
+        if isinstance(value, bool):
+            return ("" if value else "no ") + name.replace("_", " ")
+        return f"{name} {value}"
+
+    return ", ".join(words(name, value) for name, value in settings.items())
 
 
 def table_names() -> list[str]:
