@@ -1,7 +1,7 @@
 """Pictures of runs and graphs."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from models.files import write_bytes
 
@@ -527,6 +527,79 @@ def graph_drawing(adjacency: scipy.sparse.csr_array, path: Path, *, title: str =
         networkx.draw_networkx_labels(network, places, ax=ax, font_size=6, font_color="white")
     ax.set_title(title)
     ax.set_axis_off()
+    _save(fig, path)
+
+
+class Tried(NamedTuple):
+    """A trial of a search.
+
+    Attributes:
+      number: of the trial.
+      settings: what was tried, by option.
+      value: the best result on the validation items.
+      finished: whether it was trained to its end.
+    """
+
+    number: int
+    settings: Mapping[str, Any]
+    value: float
+    finished: bool
+
+
+def search(tried: Sequence[Tried], path: Path, *, log: Collection[str] = (), title: str = "", metric: str = "") -> None:
+    """Draws the value of each trial, over the trials and over each option that was searched.
+
+    Trials that were stopped early are hollow, at the best that they had come to. The best of those that were not is
+    marked in each drawing.
+
+    Args:
+      tried: the trials, in their order.
+      path: the PNG to write.
+      log: the options whose axis is logarithmic.
+      title: what was searched.
+      metric: what the values are.
+    """
+    names = list(dict.fromkeys(name for trial in tried for name in trial.settings))
+    finished = [trial for trial in tried if trial.finished]
+    best = max(finished, key=lambda trial: trial.value, default=None)
+    columns = min(3, 1 + len(names))
+    rows = -(-(1 + len(names)) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), layout="constrained", squeeze=False)
+    for ax, name in zip(axes.flat, [None, *names], strict=False):
+        mine = [trial for trial in tried if name is None or name in trial.settings]
+        places = [trial.number if name is None else trial.settings[name] for trial in mine]
+        words = not all(isinstance(x, int | float) and not isinstance(x, bool) for x in places)
+        if words:
+            places = ["+".join(x) if isinstance(x, list | tuple) else str(x) for x in places]
+            labels = sorted(set(places))
+            places = [labels.index(x) for x in places]
+            ax.set_xticks(range(len(labels)), labels)
+            ax.margins(x=0.3)
+        elif name in log:
+            ax.set_xscale("log")
+        if words or all(isinstance(x, int) for x in places):
+            ax.xaxis.set_major_locator(FixedLocator(range(len(labels))) if words else MaxNLocator(integer=True))
+        for ends, face, label in [(True, PALETTE[0], "finished"), (False, "none", "stopped early")]:
+            chosen = [(x, trial.value) for x, trial in zip(places, mine, strict=True) if trial.finished is ends]
+            if chosen:
+                ax.scatter(
+                    *zip(*chosen, strict=True), s=28, facecolor=face, edgecolor=PALETTE[0], label=label, zorder=3
+                )
+        if best is not None and best in mine:
+            ax.scatter(
+                places[mine.index(best)], best.value, s=150, marker="*", color=PALETTE[1], label="best", zorder=4
+            )
+        if name is None and finished:
+            values = np.array([trial.value if trial.finished else -np.inf for trial in tried])
+            numbers, rising = [trial.number for trial in tried], np.maximum.accumulate(values)
+            ax.step(numbers, np.where(np.isfinite(rising), rising, np.nan), where="post", color="#7f7f7f", linewidth=1)
+        ax.set(xlabel="trial" if name is None else name.replace("_", " "), ylabel=metric)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(frameon=False)
+    for ax in list(axes.flat)[1 + len(names) :]:
+        ax.set_axis_off()
+    fig.suptitle(title)
     _save(fig, path)
 
 

@@ -149,6 +149,59 @@ class Compare(RunOptions):
 
 
 @dataclasses.dataclass(frozen=True)
+class Tune(RunOptions):
+    """Search for settings by the validation items, and test the best ones alone. Goes on with --resume when killed."""
+
+    search: tuple[str, ...] = ()
+    """What is searched: name=low:high, name=low:high:log, name=a,b,c, or a name alone, in its usual range (left out: of
+    learning-rate, weight-decay, dropout-rate, beta, num-layers, max-hops and graph, those that the model heeds)."""
+    trials: int = 30
+    """How many settings are tried, those of earlier calls included."""
+    hours: float | None = None
+    """Try for no longer than about this; --resume goes on with the trial under way (left out: until all are done)."""
+    pruner: Literal["median", "successive-halving", "none"] = "median"
+    """When trials are stopped early. median: behind the median of the others at the same epoch. successive-halving:
+    a third goes on, again and again. none: never."""
+    output_dir: Path = Path("runs/tune")
+    """Folder for trials.json, best.yaml (a preset), search.png, search.journal and one folder a trial."""
+
+    def run(self) -> None:
+        """Searches, and prints what was found and where it is."""
+        self._check_output()
+        if self.trials < 1:
+            raise ValueError(f"trials must be at least 1, got {self.trials}")
+        if self.hours is not None and not 0 < self.hours < float("inf"):
+            raise ValueError(f"hours must be a number above 0, got {self.hours}")
+        from models.tuning.space import parse_space
+
+        space = parse_space(self.search, _values(self))
+        from models.training.loggers import check_installed
+        from models.tuning import search
+
+        search.require_optuna()
+        check_installed(space.base.logger)
+        make_folder("output_dir", self.output_dir)
+        print(f"searched: {' '.join(space.describe())}", flush=True)
+        found = search.tune(
+            load_and_describe(space.base),
+            space,
+            self.output_dir,
+            trials=self.trials,
+            hours=self.hours,
+            pruner=self.pruner,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            say=functools.partial(print, flush=True),
+        )
+        folder = self.output_dir / "trials" / f"{found.best.number:04}"
+        print(f"best: trial {found.best.number} of {len(found.trials)}, epoch {found.result.best_epoch}: {folder}")
+        print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in found.result.test.items()))
+        print(f"({found.result.protocol})")
+        names = ("best.yaml", "trials.json", "search.png")
+        print("settings: {}, trials: {}, picture: {}".format(*(self.output_dir / name for name in names)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Graph(GraphConfig, SourceConfig):
     """Build a graph, describe it, and draw its degrees and, if it is small, the graph itself."""
 
@@ -199,6 +252,7 @@ class Graph(GraphConfig, SourceConfig):
 COMMANDS: dict[str, Any] = {
     "train": Train,
     "compare": Compare,
+    "tune": Tune,
     "recommend": Recommend,
     "evaluate": Evaluate,
     "export": Export,
@@ -206,15 +260,20 @@ COMMANDS: dict[str, Any] = {
     "reproduce": Reproduce,
     "report": Report,
 }
-TRAINING = ("train", "compare")
+TRAINING = ("train", "compare", "tune")
 
 
 def _config(command: Any) -> TrainConfig:
     """The checked configuration among a command's options."""
     from models.architectures.registry import config_from_dict
 
+    return config_from_dict(_values(command))
+
+
+def _values(command: Any) -> dict[str, Any]:
+    """The fields of the configuration among a command's options."""
     kind = next(base for base in type(command).__mro__ if base.__name__.endswith("Config"))
-    return config_from_dict({field.name: getattr(command, field.name) for field in dataclasses.fields(kind)})
+    return {field.name: getattr(command, field.name) for field in dataclasses.fields(kind)}
 
 
 def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":

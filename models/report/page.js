@@ -106,12 +106,16 @@
         y.push(count);
       }
     });
-    const axis = {...AXIS, type: "log", dtick: 1};
+    // Powers of ten alone, or over few of them 2 and 5 as well.
+    const axis = (values, text) => {
+      const steps = Math.max(...values) > 200 ? [1] : [1, 2, 5];
+      const tickvals = [0, 1, 2, 3, 4, 5, 6, 7, 8].flatMap((power) => steps.map((step) => step * 10 ** power));
+      return {...AXIS, type: "log", tickvals, ticktext: tickvals.map((value) => value.toLocaleString("en")), title: {text}};
+    };
     // A logarithmic axis has no 0: isolated nodes stand in the table.
     Plotly.newPlot(byId(`degrees-${number}-${place}`), [{x, y, type: "scatter", mode: "markers", marker: {color: "#0072b2", size: 6},
       hovertemplate: "%{y:,} nodes with %{x:,} neighbours<extra></extra>"}],
-    {...LAYOUT, margin: {l: 60, r: 12, t: 10, b: 40}, xaxis: {...axis, title: {text: "neighbours"}},
-      yaxis: {...axis, title: {text: "nodes"}}}, CONFIG);
+    {...LAYOUT, margin: {l: 60, r: 12, t: 10, b: 40}, xaxis: axis(x, "neighbours"), yaxis: axis(y, "nodes")}, CONFIG);
   }
 
   class Items {

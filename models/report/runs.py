@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +35,7 @@ class ReportedRun:
       optimizer: the optimizer.
       history: the records of its epochs.
       result: the outcome by the names of :class:`models.training.run.Result`; None: the run is not finished.
+      remark: what an earlier version of the optimizer did, if the run is of one.
     """
 
     source: Path
@@ -45,6 +46,7 @@ class ReportedRun:
     optimizer: Optimizer
     history: Sequence[Mapping[str, Any]]
     result: Mapping[str, Any] | None
+    remark: str = ""
 
     @classmethod
     def from_folder(cls, directory: Path) -> Self:
@@ -75,7 +77,7 @@ class ReportedRun:
         values = {name: value for name, value in cell.config.items() if name in known}
         config = config_from_dict(values | {"optimizer": cell.arm, "model": cell.model})
         result = dataclasses.asdict(cell)
-        return cls(path, None, cell.dataset, cell.dataset, config, cell.arm, cell.history, result)
+        return cls(path, None, cell.dataset, cell.dataset, config, cell.arm, cell.history, result, cell.outdated or "")
 
     @property
     def seed(self) -> int:
@@ -95,9 +97,16 @@ class ReportedRun:
         return self.data, *split, config.model, self.loss
 
     @functools.cached_property
-    def identity(self) -> tuple[str, Optimizer, int]:
+    def identity(self) -> tuple[str, Optimizer, int, str]:
         """What runs that differ in the seed alone have in common."""
-        return identity_of(self.config, self.optimizer), self.optimizer, self.config.epochs
+        return identity_of(self.config, self.optimizer), self.optimizer, self.config.epochs, self.remark
+
+
+Test = Callable[[ReportedRun], Mapping[str, float]]
+
+
+def _all_users(run: ReportedRun) -> Mapping[str, float]:
+    return run.result["test"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +151,21 @@ class Arm:
         values = self.values(SELECTION, "validation")
         return statistics.fmean(values) if values else float("-inf")
 
-    def gain(self, base: "Arm", metric: str) -> Gain:
-        """On a test metric, over the seeds that both were trained with to the same number of epochs."""
+    def gain(self, base: "Arm", metric: str, test: Test = _all_users) -> Gain:
+        """On a test metric, over the seeds that both were trained with to the same number of epochs.
+
+        Args:
+          base: the plain arm.
+          metric: the metric.
+          test: the metrics of a finished run, such as those of some users alone.
+        """
         if self.config.epochs != base.config.epochs:
             return Gain(None, None)
-        return paired_gain([_Tested.of(run) for run in self.finished], [_Tested.of(x) for x in base.finished], metric)
+        mine, theirs = (
+            [_Tested({"seed": run.seed}, test(run)) for run in arm.finished if metric in test(run)]
+            for arm in (self, base)
+        )
+        return paired_gain(mine, theirs, metric)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +174,6 @@ class _Tested:
 
     config: Mapping[str, Any]
     test: Mapping[str, float]
-
-    @classmethod
-    def of(cls, run: ReportedRun) -> Self:
-        return cls({"seed": run.seed}, run.result["test"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +206,7 @@ class Group:
         """
         for optimizer in reversed(BASELINES.get(arm.optimizer, ())):
             found = [x for x in self.arms if x.optimizer == optimizer and x.finished]
-            wanted = identity_of(arm.config, optimizer), optimizer, arm.config.epochs
+            wanted = identity_of(arm.config, optimizer), optimizer, arm.config.epochs, ""
             for other in found:
                 if other.runs[0].identity == wanted:
                     return other
@@ -266,8 +281,8 @@ def _labels(firsts: Sequence[ReportedRun]) -> list[str]:
     for run, mine in zip(firsts, settings, strict=True):
         same = [other for x, other in zip(firsts, settings, strict=True) if x.optimizer == run.optimizer]
         differing = [name for name in mine if any(other.get(name) != mine[name] for other in same)]
-        words = ", ".join(f"{name} {_word(mine[name])}" for name in differing)
-        labels.append(f"{run.optimizer} ({words})" if words else run.optimizer)
+        words = [f"{name} {_word(mine[name])}" for name in differing] + (["earlier version"] if run.remark else [])
+        labels.append(f"{run.optimizer} ({', '.join(words)})" if words else run.optimizer)
     return labels
 
 

@@ -3,17 +3,14 @@
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from models.config import SELECTION
-from models.report.runs import Arm, Group
+from models.evaluation.groups import COUNTED
+from models.report.runs import Arm, Group, ReportedRun
 
 NONE = "–"
-# What the groups of users in a result are called, as far as their keys do not say it.
-GROUPINGS = {
-    "popularity": "by popularity of the test item: its training interactions",
-    "length": "by length of the user's history",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,22 +133,24 @@ def by_group(group: Group) -> list[MetricTable]:
         if not all(grouping in found for found in groupings):
             continue
         names = [name for name, values in groupings[0][grouping].items() if SELECTION in values]
-        users = [groupings[0][grouping][name].get("users") for name in names]
-        columns = [name if count is None else f"{name} ({count:,} users)" for name, count in zip(names, users)]  # noqa: B905
+        users = [groupings[0][grouping][name]["users"] for name in names]
+        columns = [f"{name} ({count:,} users)" for name, count in zip(names, users, strict=True)]
         lines = []
         for arm in group.arms:
             figures = []
             for name in names:
                 mine = _values(arm, grouping, name)
                 base = group.baseline(arm)
-                theirs = [] if base is None else _values(base, grouping, name)
-                before = statistics.fmean(theirs) if theirs else 0.0
-                relative = statistics.fmean(mine) / before - 1 if mine and before else None
-                figures.append(Figure(spread(mine), gain_words(relative, None), relative is not None and relative > 0))
+                if base is None:
+                    figures.append(Figure(spread(mine)))
+                    continue
+                over = arm.gain(base, SELECTION, test=partial(_users, grouping, name))
+                better = over.relative is not None and over.relative > 0
+                figures.append(Figure(spread(mine), gain_words(over.relative, over.p_value), better))
             if arm.finished:
                 lines.append(Line(arm.label, "", figures))
         if names:
-            title = f"Test {SELECTION} {GROUPINGS.get(grouping, f'by {grouping}')}"
+            title = f"Test {SELECTION} by {grouping}: {COUNTED.get(grouping, grouping)}"
             tables.append(MetricTable(title, columns, lines))
     return tables
 
@@ -160,8 +159,13 @@ def _groups(result: Mapping[str, Any]) -> Mapping[str, Mapping[str, Mapping[str,
     return result.get("groups") or {}  # results of earlier versions have none
 
 
+def _users(grouping: str, name: str, run: ReportedRun) -> Mapping[str, float]:
+    """The metrics of a group of users."""
+    return _groups(run.result).get(grouping, {}).get(name, {})
+
+
 def _values(arm: Arm, grouping: str, name: str) -> list[float]:
-    found = [_groups(run.result)[grouping].get(name, {}) for run in arm.finished]
+    found = [_users(grouping, name, run) for run in arm.finished]
     return [values[SELECTION] for values in found if SELECTION in values]
 
 
@@ -172,6 +176,8 @@ def _note(group: Group, arm: Arm) -> str:
     if missing:
         epochs = max((len(run.history) for run in arm.runs if run.result is None), default=0)
         notes.append(f"{missing} not finished, {epochs} epochs so far")
+    if arm.runs[0].remark:
+        notes.append(f"made by an earlier version, which {arm.runs[0].remark}")
     base = group.baseline(arm)
     if base is not None and sum(x.optimizer == base.optimizer for x in group.arms) > 1:
         notes.append(f"gain over {base.label}")

@@ -18,6 +18,7 @@ from models.evaluation.groups import Groups, summarize_groups
 from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_bytes, write_json, write_text
 from models.training import beside
 from models.training.files import EMBEDDINGS, LOGGERS, TENSORBOARD, curve, read_history
+from models.training.interrupts import StoppedError
 from models.training.loggers import Loggers, Status
 from models.training.program import Program
 from models.training.training_data import TrainingData
@@ -44,7 +45,7 @@ class Result:
       protocol: how the metrics came about.
       best_epoch: the epoch with the best validation NDCG@10.
       validation: metrics of the validation items at that epoch.
-      test: metrics of the test items at that epoch.
+      test: metrics of the test items at that epoch; empty: the run was not tested.
       losses: mean training loss of each epoch.
       epoch_seconds: median seconds of an epoch, compilation and evaluation not counted. Where several seeds share one
         program, of an epoch of all of them.
@@ -103,12 +104,20 @@ class Run:
       config: the run, resolved.
       optimizer: which optimizer.
       directory: the folder; None: nothing is read or written.
+      tests: whether the run is tested at its end. If not, the folder holds a run that is still to be finished.
     """
 
     def __init__(
-        self, prepared: TrainingData, config: TrainConfig, optimizer: Optimizer, directory: Path | None
+        self,
+        prepared: TrainingData,
+        config: TrainConfig,
+        optimizer: Optimizer,
+        directory: Path | None,
+        *,
+        tests: bool = True,
     ) -> None:
         self.prepared, self.config, self.optimizer, self.directory = prepared, config, optimizer, directory
+        self.tests = tests
         self.history: list[dict[str, Any]] = []
         self.best: tuple[float, int, Any] | None = None
         self.stale = 0
@@ -139,7 +148,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        interrupted = kind is not None and issubclass(kind, (KeyboardInterrupt, StoppedError))
         self._close_loggers("interrupted" if interrupted else "failed")  # those of a finished run are closed
         self._claims.close()
 
@@ -306,10 +315,10 @@ class Run:
         self.saved = epoch
 
     def finish(self, program: Program) -> None:
-        """Tests the best parameters and writes what there is to write."""
+        """Tests the best parameters, if the run is one that tests, and writes what there is to write."""
         begin = time.perf_counter()
         _, best_epoch, params = self.best
-        ranks, test = program.test(params)
+        ranks, test = program.test(params) if self.tests else (None, {})
         seconds = [record["seconds"] for record in self.history]
         result = Result(
             optimizer=self.optimizer,
@@ -327,10 +336,10 @@ class Run:
             epoch_steps=self.prepared.epoch_steps,
             groups=summarize_groups(ranks, self.prepared.split, self.config.ks),
         )
-        if self._loggers is not None:
+        if self._loggers is not None and test:
             self._loggers.scalars(len(self.history), {f"test/{name}": value for name, value in test.items()})
-            self._close_loggers("finished")
-        if self.directory is not None:
+        self._close_loggers("finished")
+        if self.directory is not None and self.tests:
             from models import plots  # matplotlib is slow to import and not needed to train
 
             if self.config.per_user:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sevo_optax
@@ -383,6 +384,21 @@ def test_graph_of_attributes(data, tmp_path, capsys):
     weights = graph.load(out / "weights.npz").todense()
     assert weights[1, 2] == weights[1, 4] == 1
     assert weights.sum() == 4
+
+
+def test_graph_of_vectors(data, tmp_path, capsys):
+    vectors = tmp_path / "items.npz"
+    np.savez(vectors, item_ids=np.array([1, 2, 4, 99]), vectors=np.array([[1.0, 0], [0, 1], [1, 0.1], [1, 1]]))
+    out = tmp_path / "out"
+    status, printed, _ = run(
+        capsys,
+        *("graph", "--data", data, "--graph", "knn", "--vectors", vectors, "--knn-neighbors", 1, "--output-dir", out),
+    )
+    assert status == 0
+    assert "1 nearest items by cosine of items.npz" in printed
+    assert f"17 of 20 items have no vector in {vectors}: they get no edges of graph knn" in printed
+    weights = graph.load(out / "weights.npz").todense()
+    assert {tuple(map(int, pair)) for pair in np.argwhere(weights)} == {(1, 4), (4, 1), (2, 4), (4, 2)}
 
 
 @pytest.mark.parametrize(

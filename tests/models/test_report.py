@@ -23,7 +23,7 @@ from models.report.graphs import known_source, source_of
 from models.report.page import curves, write_page
 from models.report.runs import Arm, Group, read_groups
 from models.training.checkpoints import Checkpoint, Checkpoints, RunInfo, flatten
-from models.training.compare import gain
+from models.training.compare import Gain, gain
 from tests.browser_check import find_chromium, watch
 from tests.models.saved_runs import CONFIG, params_of, small_data
 
@@ -61,6 +61,13 @@ def write_run(folder, optimizer, seed, ndcg=0.3, *, finished=True, trained=False
             "total_seconds": 1.0,
             "peak_memory": 0,
             "device": "cpu",
+            "groups": {
+                "popularity": {
+                    "never seen": {"users": 0},
+                    "1-4": {"users": 20, SELECTION: ndcg / 2},
+                    "20 and more": {"users": 1500, SELECTION: 0.5},
+                }
+            },
         }
         (folder / "result.json").write_text(json.dumps(result))
     return folder
@@ -150,6 +157,14 @@ class TestRuns:
         assert smoothed.gain(plain, SELECTION) == gain(smoothed.values(SELECTION), plain.values(SELECTION))
         assert source_of(group).graphs == ()
 
+    def test_cells_of_an_earlier_version_are_told_apart(self, tmp_path):
+        cell = json.loads((RESULTS / "table-3" / "beauty-sasrec-bce-sevo-gradient-seed0.json").read_text())
+        for revision in (1, cell["revision"]):
+            (tmp_path / f"{revision}.json").write_text(json.dumps(cell | {"revision": revision}))
+        (group,) = read_groups([tmp_path])
+        assert [arm.label for arm in group.arms] == ["sevo-gradient (earlier version)", "sevo-gradient"]
+        assert "earlier version, which corrected the moments" in tables.summary(group).lines[0].note
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [
@@ -192,18 +207,18 @@ class TestTables:
         write_run(tmp_path / "epochs", "sevo-gradient", 0, 0.4, epochs=3, data=str(data))
         (group,) = read_groups([tmp_path])
         assert [line.figures[1].gain for line in tables.summary(group).lines] == ["", "", ""]
+        plain, *others = group.arms
+        assert [arm.gain(plain, SELECTION) for arm in others] == [Gain(None, None)] * 2
 
     def test_groups_of_users_where_results_have_them(self, group):
-        assert tables.by_group(group) == []
-        arms = []
-        for optimizer, rare in {"adamw": 0.1, "sevo-adamw": 0.2}.items():
-            groups = {"popularity": {"1–4": {"users": 20, SELECTION: rare}, "20+": {"users": 1500, SELECTION: 0.5}}}
-            (run,) = (run for arm in group.arms for run in arm.runs if (run.optimizer, run.seed) == (optimizer, 0))
-            arms.append(Arm(optimizer, [dataclasses.replace(run, result=run.result | {"groups": groups})]))
-        found = Group("title", arms)
-        (table,) = tables.by_group(found)
-        assert table.columns == ["1–4 (20 users)", "20+ (1,500 users)"]
-        assert [[figure.gain for figure in line.figures] for line in table.lines] == [["", ""], ["+100.0%", "+0.0%"]]
+        (table,) = tables.by_group(group)
+        assert table.title == f"Test {SELECTION} by popularity: training interactions of the item to find"
+        assert table.columns == ["1-4 (20 users)", "20 and more (1,500 users)"]
+        rare = gain([0.18, 0.19], [0.15, 0.17])
+        gains = [f"{rare.relative:+.1%}, p = {rare.p_value:.2g}", "+0.0%"]
+        assert [[figure.gain for figure in line.figures] for line in table.lines] == [["", ""], gains]
+        run = dataclasses.replace(group.arms[0].runs[0], result=group.arms[0].runs[0].result | {"groups": {}})
+        assert tables.by_group(Group("one result has none", [*group.arms, Arm("older", [run])])) == []
 
     def test_curves_are_means_where_all_seeds_were_evaluated(self, group):
         found = curves(group)
@@ -349,7 +364,7 @@ def test_in_a_browser(page):
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 400, "height": 860})
-        tab.set_default_timeout(60_000)
+        tab.set_default_timeout(180_000)
         tab.context.set_offline(True)
         watch(tab, page.as_uri(), wrong)
         tab.goto(page.as_uri())
@@ -389,5 +404,6 @@ def test_in_a_browser(page):
         tab.locator("#item-0").press("Tab")
         assert tab.locator("#near-0").text_content() == "No item is called nothing like it"
         tab.select_option("#arm-0", "adamw")
+        assert tab.locator("#bars-0-0 .bars .point").count() == 4
         browser.close()
     assert not wrong

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 import scipy.sparse
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sevo_optax import _shards, graph, sevo, smooth
+from sevo_optax import _sharded, _shards, graph, sevo, smooth
 from tests.sevo_optax import reference
 
 
@@ -97,6 +98,14 @@ def test_plans_of_shards_rebuild_the_product(tables):
         operand = np.concatenate([tables_of[k], *received])
         matrix = scipy.sparse.csr_array((plan.data, plan.indices, plan.indptr), shape=(layout.rows, len(operand)))
         np.testing.assert_allclose((matrix @ operand)[row[owner == k]], expected[owner == k], rtol=1e-12)
+
+
+def test_processes_tell_each_other_numbers_of_64_bits(monkeypatch):
+    """JAX itself would round what it carries to 32 bits."""
+    for mine, theirs in (([1 + 1e-12, 0.0], [0.0, 2 + 1e-12]), ([2**40, 0], [0, 2**33 + 1])):
+        other = np.array(theirs).view(np.uint32)
+        monkeypatch.setattr(multihost_utils, "process_allgather", lambda words, other=other: np.stack([words, other]))
+        np.testing.assert_array_equal(_sharded._largest_of_processes(np.array(mine)), np.maximum(mine, theirs))
 
 
 def test_shards_are_a_sequence_of_rows():
