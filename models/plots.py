@@ -341,6 +341,89 @@ def bars(
     _save(fig, path)
 
 
+class Series(NamedTuple):
+    """The bars of one colour, one a cluster.
+
+    Attributes:
+      label: what the legend calls them.
+      color: None: the next of the palette.
+      values: heights; None: there is no bar.
+      spreads: one standard deviation each; None: there is none.
+      notes: above each bar.
+    """
+
+    label: str
+    color: str | None
+    values: Sequence[float | None]
+    spreads: Sequence[float | None]
+    notes: Sequence[str]
+
+
+class Clusters(NamedTuple):
+    """A drawing of bars that stand together by group.
+
+    Attributes:
+      xlabel: what the groups are.
+      groups: their names.
+      series: the bars.
+    """
+
+    xlabel: str
+    groups: Sequence[str]
+    series: Sequence[Series]
+
+
+def clusters(drawn: Sequence[Clusters], path: Path, *, ylabel: str, title: str = "") -> None:
+    """Draws bars side by side, above and below 0; a panel each."""
+    widths = [len(one.groups) for one in drawn]
+    fig, axes = plt.subplots(
+        1,
+        len(drawn),
+        figsize=(1.3 * sum(widths) + 1, 4.6),
+        width_ratios=widths,
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    for ax, one in zip(axes.flat, drawn, strict=True):
+        width = 0.8 / len(one.series)
+        for i, series in enumerate(one.series):
+            shown = [j for j, value in enumerate(series.values) if value is not None]
+            places = [j + (i - (len(one.series) - 1) / 2) * width for j in shown]
+            heights = np.array([series.values[j] for j in shown], float)
+            spreads = np.array([series.spreads[j] or 0.0 for j in shown])
+            color = series.color or PALETTE[i % len(PALETTE)]
+            ax.bar(places, heights, width, color=color, label=series.label)
+            seen = spreads > 0
+            ax.errorbar(
+                np.array(places)[seen], heights[seen], yerr=spreads[seen], fmt="none", ecolor="black", capsize=3
+            )
+            for place, height, spread, j in zip(places, heights, spreads, shown, strict=True):
+                above = height >= 0
+                ax.annotate(
+                    series.notes[j],
+                    (place, height + spread if above else height - spread),
+                    xytext=(0, 3 if above else -3),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom" if above else "top",
+                    fontsize="x-small",
+                )
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set_xticks(range(len(one.groups)), one.groups, fontsize="small")
+        ax.set_xlim(-0.6, len(one.groups) - 0.4)
+        ax.margins(y=0.12)
+        ax.set_axisbelow(True)
+        ax.set(xlabel=one.xlabel)
+        ax.grid(alpha=0.3, axis="y")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set(ylabel=ylabel)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    fig.suptitle(title)
+    _save(fig, path)
+
+
 def maps(
     drawn: Mapping[str, Mapping[str, np.ndarray]],
     colors: np.ndarray,

@@ -8,6 +8,7 @@ import numpy as np
 
 from models import plots
 from models.config import SELECTION
+from models.evaluation.groups import COUNTED
 from models.reproduce.cells import cell_path
 from models.reproduce.maps import Maps
 from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains
@@ -40,6 +41,36 @@ def draw_curves(row: RowCells, path: Path) -> None:
         )
     published = {x.arm: x.losses for x in row.row.published if x.arm is not None and x.losses}
     plots.training_curves(runs, path, title=row.row.title, published=published, goal=goal)
+
+
+def draw_who_gains(row: RowCells, path: Path) -> bool:
+    """Draws what smoothing changes for groups of users; returns whether any cells know.
+
+    Of several groups of cells with the same optimizer, the one that is best on the validation items is drawn.
+    """
+    panels = []
+    for grouping, counted in COUNTED.items():
+        series, users = [], {}
+        for summary, gains in row.group_gains(grouping):
+            same = [x for x in row.summaries if x.group.arm == summary.group.arm]
+            if all(gain.difference is None for gain in gains.values()) or not (len(same) == 1 or row.chosen(summary)):
+                continue
+            users = {name: gain.users for name, gain in gains.items()}
+            series.append(
+                plots.Series(
+                    _with_seeds(summary),
+                    plots.COLORS.get(summary.group.arm),
+                    [gain.difference for gain in gains.values()],
+                    [gain.deviation for gain in gains.values()],
+                    ["" if gain.relative is None else f"{gain.relative:+.0%}" for gain in gains.values()],
+                )
+            )
+        if series:
+            groups = [f"{name}\n{count:,} users" for name, count in users.items()]
+            panels.append(plots.Clusters(counted, groups, series))
+    if panels:
+        plots.clusters(panels, path, ylabel=f"{TEST}: gain over adamw", title=f"{row.row.title}: who gains")
+    return bool(panels)
 
 
 def draw_table(found: TableCells, results_dir: Path) -> list[Path]:

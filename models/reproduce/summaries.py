@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from models.config import SELECTION, Optimizer
+from models.config import SELECTION, Grouping, Optimizer
 from models.reproduce.cells import Cell, Cells
 from models.reproduce.tables import BASELINES, METRICS, Measured, Published, Row, SeedGroup, Table, settings_in_words
 from models.training.compare import Gain, gain
@@ -129,6 +129,51 @@ class Summary:
         return gain([self.by_seed[key] for key in common], [baseline.by_seed[key] for key in common])
 
 
+@dataclasses.dataclass(frozen=True)
+class GroupGain:
+    """How a group of cells does for one group of test users, and what it gains over plain AdamW with the same seeds.
+
+    Attributes:
+      users: how many test users there are.
+      mean: mean test NDCG@10 of theirs; None: there are none.
+      difference: mean difference to plain AdamW, over the seeds in common; None: there are none.
+      deviation: standard deviation of the differences; None: there are less than two.
+      relative: the difference divided by plain AdamW's mean; None: not known, or that is 0.
+    """
+
+    users: int
+    mean: float | None
+    difference: float | None = None
+    deviation: float | None = None
+    relative: float | None = None
+
+    @classmethod
+    def of(cls, mine: Sequence[Cell], base: Mapping[int, Cell], grouping: Grouping, name: str) -> "GroupGain":
+        """From cells that know their groups.
+
+        Args:
+          mine: of one group of cells, at least one.
+          base: plain AdamW's, by seed; empty: nothing is compared.
+          grouping: what users are grouped by.
+          name: which of them.
+        """
+
+        def ndcg(cell: Cell) -> float:
+            return cell.groups[grouping][name][SELECTION]
+
+        users = int(mine[0].groups[grouping][name]["users"])
+        if not users:
+            return cls(0, None)
+        mean = statistics.fmean(map(ndcg, mine))
+        pairs = [(ndcg(cell), ndcg(base[cell.seed])) for cell in mine if cell.seed in base]
+        if not pairs:
+            return cls(users, mean)
+        differences = [one - other for one, other in pairs]
+        difference, before = statistics.fmean(differences), statistics.fmean(other for _, other in pairs)
+        deviation = statistics.stdev(differences) if len(pairs) > 1 else None
+        return cls(users, mean, difference, deviation, difference / before if before else None)
+
+
 class RowCells:
     """A row of a table, as far as it was trained.
 
@@ -173,6 +218,20 @@ class RowCells:
             if reached is not None:
                 found.append((summary, reached))
         return found if any(summary.group.arm != "adamw" for summary, _ in found) else []
+
+    def group_gains(self, grouping: Grouping) -> list[tuple[Summary, dict[str, GroupGain]]]:
+        """How each group of cells does for groups of test users, by their names; without cells that do not know."""
+        found = []
+        for summary in self.summaries:
+            mine = [cell for cell in summary.cells if grouping in cell.groups]
+            if not mine:
+                continue
+            base = self.plain_adamw(summary)
+            others = base.cells if base is not None and base is not summary else []
+            by_seed = {cell.seed: cell for cell in others if grouping in cell.groups}
+            names = mine[0].groups[grouping]
+            found.append((summary, {name: GroupGain.of(mine, by_seed, grouping, name) for name in names}))
+        return found
 
     def chosen(self, summary: Summary) -> bool:
         """Whether a group is the best of several of its arm, on the validation items, in the epochs that all have."""

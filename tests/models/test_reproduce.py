@@ -26,7 +26,7 @@ from models.training import compare, loop
 from models.training.files import read_history, write_text
 from models.training.training_data import make_training_data
 
-DRAWING = ("training_curves", "panels", "bars", "maps")
+DRAWING = ("training_curves", "panels", "bars", "maps", "clusters")
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
 PRESET = """
 model: sasrec
@@ -626,10 +626,77 @@ class TestReport:
         reproduce(report=True)
         assert self.text(Path("results")).count("| trained until") == 1  # of the row that has more than plain AdamW
 
+    def test_who_gains(self, folder, trained, monkeypatch):
+        """The second seed of plain AdamW is of an earlier version, and knows no groups."""
+        reproduce(seeds=2)
+        found = {
+            "adamw": (0.02, 0.0, 0.4),
+            "sevo-adamw-beta0.5": (0.03, 0.1, 0.2),
+            "sevo-adamw-beta0.9": (0.01, 0.0, 0.0),
+        }
+        for name, (rare, short, coverage) in found.items():
+            for seed in (0, 1):
+                path = Path(f"results/tiny/tiny-sasrec-ce-{name}-seed{seed}.json")
+                cell = Cell.read(path)
+                values = {"NDCG@10": rare + seed / 100}, {"NDCG@10": short}
+                groups = {
+                    "popularity": {"never seen": {"users": 0}, "1-4": {"users": 1234} | values[0]},
+                    "length": {"1-4": {"users": 1234} | values[1]},
+                }
+                groups = {} if (name, seed) == ("adamw", 1) else groups
+                test = cell.test | ({"coverage@10": coverage} if groups else {})
+                dataclasses.replace(cell, groups=groups, test=test).write(path)
+        drawn = []
+        monkeypatch.setattr(plots, "clusters", lambda panels, path, **options: drawn.append((panels, path.name)))
+        reproduce(report=True)
+        text = self.text(Path("results"))
+        text = text[text.index("### SASRec with cross-entropy on tiny") :]
+        start = "| NDCG@10 by training interactions of the item to find |"
+        header, _, *lines = text[text.index(start) :].splitlines()[:5]
+        assert header == f"{start} never seen (0 users) | 1-4 (1,234 users) | coverage@10 |"
+        assert lines == [
+            "| adamw | – | 0.0200 | 0.400 |",
+            "| sevo-adamw (beta 0.5) | – | 0.0350 (+50.0%) | 0.200 |",
+            "| sevo-adamw (beta 0.9) | – | 0.0150 (-50.0%) | 0.000 |",
+        ]
+        assert "| sevo-adamw (beta 0.5) | 0.1000 |" in text  # what has no gain: plain AdamW finds nothing
+        assert "![Gain of groups of users over adamw](tiny-tiny-sasrec-ce-who-gains.png)" in text
+        (panels, name) = drawn[-1]
+        assert name == "tiny-tiny-sasrec-ce-who-gains.png"
+        assert [panel.groups for panel in panels] == [["never seen\n0 users", "1-4\n1,234 users"], ["1-4\n1,234 users"]]
+        (series,) = panels[0].series  # of the two the one that was chosen on the validation items
+        best = max((0.5, 0.9), key=lambda beta: self.validation(beta))
+        assert series.label == f"sevo-adamw (beta {best}) (2 seeds)"
+        assert series.values == [None, pytest.approx(0.01 if best == 0.5 else -0.01)]
+        assert series.notes == ["", "+50%" if best == 0.5 else "-50%"]
+
+    @staticmethod
+    def validation(beta):
+        cells = [Cell.read(path) for path in Path("results/tiny").glob(f"*-ce-*beta{beta}-seed?.json")]
+        return np.mean([cell.validation["NDCG@10"] for cell in cells])
+
+    def test_gains_over_several_seeds(self, folder, trained):
+        reproduce(seeds=3)
+        (row, _) = TableCells.of(load_table("tiny.yaml"), Cells(Path("results"))).rows
+        base, mine = (
+            [invented(group.config(), group.arm, seed).test["NDCG@10"] for seed in range(3)] for group in row.row.groups
+        )
+        (_, plain), (_, sevo) = row.group_gains("popularity")
+        assert plain["1-4"].difference is None
+        assert sevo["never seen"].mean is None
+        assert sevo["1-4"].users == 9
+        assert sevo["1-4"].mean == pytest.approx(np.mean(mine), abs=1e-5)
+        assert sevo["1-4"].difference == pytest.approx(np.mean(mine) - np.mean(base), abs=1e-5)
+        assert sevo["1-4"].deviation == pytest.approx(np.std(np.subtract(mine, base), ddof=1), abs=1e-5)
+        assert sevo["1-4"].relative == pytest.approx(np.mean(mine) / np.mean(base) - 1, abs=1e-4)
+        assert row.group_gains("length") == []
+
     def test_comes_from_the_cells_alone_and_stays_the_same(self, results, monkeypatch):
         before = (results / "README.md").read_bytes()
         pictures = sorted(path.name for path in results.glob("*.png"))
-        assert pictures == ["tiny-tiny-sasrec-bce.png", "tiny-tiny-sasrec-ce.png"]
+        assert pictures == [
+            f"tiny-tiny-sasrec-{loss}{what}.png" for loss in ("bce", "ce") for what in ("-who-gains", "")
+        ]
         for path in [results / "README.md", *results.glob("*.png")]:
             path.unlink()
         reproduce(report=True, data_dir=None)
@@ -1171,5 +1238,7 @@ def test_every_kind_of_picture(tmp_path):
         log=True,
     )
     plots.maps({"r": {"c": np.zeros((3, 2), np.float16)}}, np.array([0, 1, -1]), ["g", "h"], tmp_path / "c.png")
-    for name in "abc":
+    series = plots.Series("s", None, [0.1, None, -0.2], [0.05, None, None], ["+5%", "", "-9%"])
+    plots.clusters([plots.Clusters("x", ["a", "b", "c"], [series, series])], tmp_path / "d.png", ylabel="y")
+    for name in "abcd":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
