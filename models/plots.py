@@ -573,7 +573,7 @@ def search(tried: Sequence[Tried], path: Path, *, log: Collection[str] = (), tit
             places = ["+".join(x) if isinstance(x, list | tuple) else str(x) for x in places]
             labels = sorted(set(places))
             places = [labels.index(x) for x in places]
-            ax.set_xticks(range(len(labels)), labels)
+            ax.set_xticks(range(len(labels)), [label.replace("+", "+\n") for label in labels])
             ax.margins(x=0.3)
         elif name in log:
             ax.set_xscale("log")

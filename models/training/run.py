@@ -55,7 +55,7 @@ class Result:
       seeds_together: how many seeds shared the program, this one included.
       epoch_steps: how many steps an epoch has; None: not known, in results of the first format.
       groups: metrics of the test items by groups of users, see :func:`~models.evaluation.groups.summarize_groups`;
-        empty in results of the first format.
+        empty in results of the first format, and where the run was not tested.
       format: of ``result.json``. A later one may have more fields.
     """
 
@@ -334,7 +334,7 @@ class Run:
             device=str(jax.devices()[0].device_kind),
             seeds_together=len(program.seeds),
             epoch_steps=self.prepared.epoch_steps,
-            groups=summarize_groups(ranks, self.prepared.split, self.config.ks),
+            groups=summarize_groups(ranks, self.prepared.split, self.config.ks) if self.tests else {},
         )
         if self._loggers is not None and test:
             self._loggers.scalars(len(self.history), {f"test/{name}": value for name, value in test.items()})
