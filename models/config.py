@@ -33,6 +33,7 @@ Duplicates = Literal["all", "exact", "first", "last"]
 SplitMethod = Literal["leave-one-out", "global-time"]
 Keep = Literal["last", "first"]
 Weighting = Literal["distance", "frequency"]
+TableSharding = Literal["columns", "rows"]
 # The metric of the validation items by which the best epoch is chosen.
 SELECTION_K = 10
 SELECTION = f"NDCG@{SELECTION_K}"
@@ -107,6 +108,17 @@ class GraphConfig:
     """Its column of item ids, as they are in the data."""
     attribute_column: str = "genres"
     """Its column of attributes, several separated by '|'."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions:
+    """Which devices a run is on. They change what it costs, and its numbers by no more than rounding."""
+
+    mesh: str | None = None
+    """Devices, such as data=4,model=2: batches are split over data, tables and their moments over model (left out: one
+    device)."""
+    table_sharding: TableSharding = "columns"
+    """mesh: columns: tables are split along their width, and smoothing needs no exchange. rows: along their rows."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,17 @@ import tyro
 from models.checks import check_graph, check_numbers, check_split
 from models.cli.commands import Evaluate, Export, Recommend, load_and_describe
 from models.cli.parsing import parse
-from models.config import OPTIMIZERS, GraphConfig, Optimizer, SourceConfig, TrainConfig
+from models.config import OPTIMIZERS, DeviceOptions, GraphConfig, Optimizer, SourceConfig, TrainConfig
 from models.memory import out_of_memory_told
 from models.reproduce import Reproduce
 from models.training import progress
 from models.training.files import make_folder
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from models.config import TableSharding
+    from models.training.layout import Layout
     from models.training.training_data import TrainingData
 
 # JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
@@ -56,7 +60,7 @@ class RunOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(RunOptions):
+class Train(RunOptions, DeviceOptions):
     """Train one model and test it at its best epoch."""
 
     output_dir: Path = Path("runs/train")
@@ -68,9 +72,17 @@ class Train(RunOptions):
 
         self._check_output()
         config = _config(self)
-        prepared = _prepare(config, self.output_dir)
+        mesh = _mesh(self, config)
+        prepared = _prepare(config, self.output_dir, 1 if mesh is None else mesh.size)
+        layout = None if mesh is None else _layout(mesh, self.table_sharding, config, prepared)
         result = loop.train(
-            prepared, config, config.optimizer, self.output_dir, resume=self.resume, overwrite=self.overwrite
+            prepared,
+            config,
+            config.optimizer,
+            self.output_dir,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            layout=layout,
         )
         memory = f", peak memory {result.peak_memory / 2**30:.2f} GiB" if result.peak_memory else ""
         print(
@@ -190,12 +202,38 @@ def _config(command: Any) -> TrainConfig:
     return config_from_dict({field.name: getattr(command, field.name) for field in dataclasses.fields(kind)})
 
 
-def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":
+def _mesh(options: DeviceOptions, config: TrainConfig) -> "Mesh | None":
+    """The mesh that is asked for, checked against the configuration as far as that needs no data."""
+    if options.mesh is None:
+        if options.table_sharding != "columns":
+            raise ValueError(f"table_sharding is not heeded without a mesh, got {options.table_sharding}; give --mesh")
+        return None
+    from models import mesh
+    from models.training.layout import check_mesh
+
+    check_mesh(mesh.parse_mesh(options.mesh), config)
+    return mesh.make_mesh(options.mesh)
+
+
+def _layout(mesh: "Mesh", sharding: "TableSharding", config: TrainConfig, prepared: "TrainingData") -> "Layout":
+    """How the run lies on the mesh; says what is filled up."""
+    from models.mesh import sizes_in_words
+    from models.training.layout import make_layout
+
+    train = prepared.split.train
+    layout, notes = make_layout(mesh, sharding, config, num_users=train.num_users, num_items=train.num_items)
+    print(f"mesh: {sizes_in_words(mesh.shape)}, tables split by {sharding}")
+    for note in notes + layout.feed_notes(prepared.feed):
+        print(note, flush=True)
+    return layout
+
+
+def _prepare(config: TrainConfig, output_dir: Path, num_devices: int = 1) -> "TrainingData":
     """Checks everything that can be checked before training, and says what is trained on."""
     from models.training.training_data import make_training_data
 
     make_folder("output_dir", output_dir)
-    prepared = make_training_data(load_and_describe(config), config)
+    prepared = make_training_data(load_and_describe(config), config, num_devices)
     if prepared.nodes is not None:
         adjacency = prepared.nodes.adjacency
         print(f"graph: {adjacency.nse:,} entries between {adjacency.shape[0]:,} nodes", flush=True)

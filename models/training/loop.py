@@ -14,10 +14,13 @@ import numpy as np
 
 from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
 from models.evaluation import metrics
+from models.processes import any_of_all
 from models.training.interrupts import stop_gently
+from models.training.layout import Layout
 from models.training.program import Program
 from models.training.progress import Progress
 from models.training.run import Result, Run
+from models.training.split_program import SplitProgram
 from models.training.training_data import TrainingData
 
 
@@ -43,6 +46,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    layout: Layout | None = None,
 ) -> Result:
     """Trains one model and tests it at its best epoch.
 
@@ -55,6 +59,7 @@ def train(
       resume: whether to go on from the newest checkpoint in ``output_dir``, if there is one. The result is the one of
         an uninterrupted run, bit by bit, on the same machine. A finished run is not trained again.
       overwrite: whether to remove a run that ``output_dir`` already holds.
+      layout: the mesh of devices, and how tables are split over it; None: one device. A run may go on with another one.
 
     Returns:
       The result.
@@ -65,7 +70,8 @@ def train(
         checkpoint cannot be read or written.
       KeyboardInterrupt: after Ctrl-C, when the epoch is over and saved.
     """
-    return train_seeds(prepared, config, optimizer, [config.seed], [output_dir], resume=resume, overwrite=overwrite)[0]
+    run = _make_run(prepared, config, optimizer, output_dir)
+    return _train_runs([run], resume=resume, overwrite=overwrite, layout=layout)[0]
 
 
 def train_seeds(
@@ -100,15 +106,24 @@ def train_seeds(
       CheckpointError: as for :func:`train`.
     """
     runs = [
-        Run(prepared, dataclasses.replace(config, seed=seed, optimizer=optimizer), optimizer, directory)
+        _make_run(prepared, dataclasses.replace(config, seed=seed), optimizer, directory)
         for seed, directory in zip(seeds, output_dirs, strict=True)
     ]
+    return _train_runs(runs, resume=resume, overwrite=overwrite)
+
+
+def _make_run(prepared: TrainingData, config: TrainConfig, optimizer: Optimizer, directory: Path | None) -> Run:
+    return Run(prepared, dataclasses.replace(config, optimizer=optimizer), optimizer, directory)
+
+
+def _train_runs(runs: Sequence[Run], *, resume: bool, overwrite: bool, layout: Layout | None = None) -> list[Result]:
+    """Trains runs of the same data that differ in their seeds; with a layout, there is one."""
     with contextlib.ExitStack() as folders:
         for run in runs:
             folders.enter_context(run).open(resume=resume, overwrite=overwrite)
         unfinished = [run for run in runs if run.finished is None]
         for done in sorted({run.done for run in unfinished}):
-            _Group([run for run in unfinished if run.done == done], done).train()
+            _Group([run for run in unfinished if run.done == done], done, layout).train()
     failures = {run.config.seed: run.diverged for run in runs if run.diverged is not None}
     if failures:
         raise DivergedError(failures, [run.finished for run in runs])
@@ -124,16 +139,22 @@ class _Group:
     Args:
       runs: the runs.
       done: how many epochs each of them was trained for already.
+      layout: the mesh that the only run is split over; None: one device.
     """
 
-    def __init__(self, runs: Sequence[Run], done: int) -> None:
+    def __init__(self, runs: Sequence[Run], done: int, layout: Layout | None = None) -> None:
         self.begin = time.perf_counter()
         self.runs, self.done, self.config = runs, done, runs[0].config
         self.active = dict(enumerate(runs))  # by place in the program
-        self.program = Program(runs[0].prepared, self.config, runs[0].optimizer, [run.config.seed for run in runs])
+        what = runs[0].prepared, self.config, runs[0].optimizer
+        if layout is None:
+            self.program = Program(*what, [run.config.seed for run in runs])
+        else:
+            self.program = SplitProgram(*what, self.config.seed, layout)
+            runs[0].split_shapes = self.program.like(0)
         if done:
-            fresh = [(self.program.params_of(i), self.program.state_of(i)) for i in range(len(runs))]
-            restored = [run.restore(*like) for run, like in zip(runs, fresh, strict=True)]
+            fresh = [self.program.like(i) for i in range(len(runs))]
+            restored = [run.restore(*like, self.program.place) for run, like in zip(runs, fresh, strict=True)]
             self.program.put(*zip(*restored, strict=True))
         self.begin -= max(run.seconds for run in runs)
         for i, run in enumerate(runs):
@@ -172,7 +193,7 @@ class _Group:
         validation = self._validate() if evaluated else {}
         evaluation_seconds = time.perf_counter() - start
         diagnostics = program.diagnose(epoch) if config.diagnostics else None
-        stop = asked.is_set()  # asked once: a signal between saving and stopping waits for the next epoch
+        stop = any_of_all(asked.is_set())  # asked once: a signal between saving and stopping waits for the next epoch
         shown = {"loss": losses[list(self.active)].mean() if self.active else np.nan, "seconds": seconds}
         if validation:
             shown["validation"] = np.mean([mine[SELECTION] for mine in validation.values()])
