@@ -119,6 +119,15 @@ class DeviceOptions:
     device)."""
     table_sharding: TableSharding = "columns"
     """mesh: columns: tables are split along their width, and smoothing needs no exchange. rows: along their rows."""
+    coordinator: str | None = None
+    """Several processes train together: host and port of the first, such as 10.0.0.1:1234 (left out: what
+    JAX_COORDINATOR_ADDRESS says, or one process)."""
+    num_processes: int | None = None
+    """coordinator: how many processes there are (left out: what JAX_NUM_PROCESSES says)."""
+    process_id: int | None = None
+    """coordinator: which of them this is, from 0; the first writes the results (left out: JAX_PROCESS_ID)."""
+    join_timeout: int = 300
+    """coordinator: seconds that the processes wait for each other at the start."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from models import processes
 from models.checks import check_graph, check_numbers, check_split
 from models.cli.commands import Evaluate, Export, Recommend, load_and_describe
 from models.cli.parsing import parse
@@ -68,11 +69,23 @@ class Train(RunOptions, DeviceOptions):
 
     def run(self) -> None:
         """Trains, and prints where the results are."""
-        from models.training import loop
-
         self._check_output()
         config = _config(self)
-        mesh = _mesh(self, config)
+        _check_mesh(self, config)
+        if self.mesh is not None and processes.join(self):
+            with processes.together(), progress.silent(self.quiet or not processes.is_first()):
+                self._train(config)
+        else:
+            self._train(config)
+
+    def _train(self, config: TrainConfig) -> None:
+        from models.training import loop
+
+        mesh = None
+        if self.mesh is not None:
+            from models.mesh import make_mesh
+
+            mesh = make_mesh(self.mesh)
         prepared = _prepare(config, self.output_dir, 1 if mesh is None else mesh.size)
         layout = None if mesh is None else _layout(mesh, self.table_sharding, config, prepared)
         result = loop.train(
@@ -202,17 +215,19 @@ def _config(command: Any) -> TrainConfig:
     return config_from_dict({field.name: getattr(command, field.name) for field in dataclasses.fields(kind)})
 
 
-def _mesh(options: DeviceOptions, config: TrainConfig) -> "Mesh | None":
-    """The mesh that is asked for, checked against the configuration as far as that needs no data."""
+def _check_mesh(options: DeviceOptions, config: TrainConfig) -> None:
+    """Checks the mesh that is asked for against the configuration, as far as that needs neither data nor devices."""
     if options.mesh is None:
-        if options.table_sharding != "columns":
-            raise ValueError(f"table_sharding is not heeded without a mesh, got {options.table_sharding}; give --mesh")
-        return None
-    from models import mesh
+        usual = DeviceOptions()
+        for field in dataclasses.fields(DeviceOptions):
+            value = getattr(options, field.name)
+            if value != getattr(usual, field.name):
+                raise ValueError(f"{field.name} is not heeded without a mesh, got {value}; give --mesh")
+        return
+    from models.mesh import parse_mesh
     from models.training.layout import check_mesh
 
-    check_mesh(mesh.parse_mesh(options.mesh), config)
-    return mesh.make_mesh(options.mesh)
+    check_mesh(parse_mesh(options.mesh), config)
 
 
 def _layout(mesh: "Mesh", sharding: "TableSharding", config: TrainConfig, prepared: "TrainingData") -> "Layout":

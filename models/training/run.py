@@ -16,7 +16,7 @@ import numpy as np
 from models.architectures.registry import model_class
 from models.config import SELECTION, Optimizer, TrainConfig
 from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_bytes, write_json, write_text
-from models.processes import is_first, on_first, wait_for_all
+from models.processes import check_same, is_first, num_processes, on_first, program_digest, wait_for_all
 from models.training import beside
 from models.training.files import EMBEDDINGS, curve, read_history
 from models.training.program import Program
@@ -163,6 +163,9 @@ class Run:
         holds_run = self._check_folder()  # once more, now that nobody else changes it
         num_users = self.prepared.split.train.num_users
         self.info = RunInfo.of(self.optimizer, self.config, self.prepared.interactions, num_users=num_users)
+        check_same("data", self.info.data)
+        check_same("options", self.info.run)
+        check_same("versions of the program", program_digest() if num_processes() > 1 else "")
         if holds_run and not overwrite:
             found = RunInfo.read(self.directory)
             self.info = self.info.continuing(found, self.prepared.interactions, self.directory)
