@@ -16,7 +16,7 @@ demo: $(VENV)/.models  ## train SASRec three ways on embedded data and compare (
 test: $(VENV)/.test types  ## format, lint and type checks, then every test and every notebook on small data
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --cov=sevo_optax --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=sevo_optax --cov-report=term
 	SEVO_NOTEBOOK_FAST=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
 
 types: $(VENV)/.test  ## mypy: strict for the library, the basics for the models

@@ -20,6 +20,17 @@ LOSS_OPTIONS = {
 }
 
 
+# The graph that heeds an option.
+GRAPH_OPTIONS = {
+    "attributes": "attributes",
+    "vectors": "knn",
+    "knn_neighbors": "knn",
+    "knn_metric": "knn",
+    "knn_method": "knn",
+    "max_neighbors": "shared-users",
+}
+
+
 def check_numbers(options: Any) -> None:
     """Checks that the arrays of a run can hold every number among the options.
 
@@ -50,11 +61,13 @@ def check_split(options: Any) -> None:
     """Checks that the options of a split belong to the split that is chosen.
 
     Args:
-      options: a dataclass with ``split``, ``split_quantiles`` and ``split_times``.
+      options: a dataclass with ``split``, ``split_quantiles``, ``split_times`` and ``cold_items``.
 
     Raises:
-      ValueError: if one would not be heeded.
+      ValueError: if one would not be heeded, or is out of range.
     """
+    if not 0 <= options.cold_items < 1:
+        raise ValueError(f"cold_items must lie in [0, 1), got {options.cold_items}")
     given = []
     if options.split_times is not None:
         given.append("split_times")
@@ -91,7 +104,7 @@ def check_graph(options: Any) -> None:
     """Checks that the options of graphs fit the graphs that are asked for.
 
     Args:
-      options: a dataclass with ``graph``, ``graph_weights``, ``attributes``, ``graph_max_length`` and ``max_hops``.
+      options: a dataclass with the fields of ``GraphConfig``.
 
     Raises:
       ValueError: if one would not be heeded, or does not fit.
@@ -105,12 +118,14 @@ def check_graph(options: Any) -> None:
         )
     if weights and (min(weights) < 0 or not sum(weights)):
         raise ValueError(f"graph_weights must be at least 0, and not all 0, got {' '.join(map(str, weights))}")
-    if options.attributes is not None and "attributes" not in graphs:
-        raise ValueError(
-            f"attributes is not heeded by graph {' '.join(graphs)}, got {options.attributes}; "
-            "leave it out or give --graph attributes"
-        )
-    for name in ("graph_max_length", "max_hops"):
+    usual = {field.name: field.default for field in dataclasses.fields(options)}
+    for name, graph in GRAPH_OPTIONS.items():
+        value = getattr(options, name)
+        if graph not in graphs and value != usual.get(name, value):
+            raise ValueError(
+                f"{name} is not heeded by graph {' '.join(graphs)}, got {value}; leave it out or give --graph {graph}"
+            )
+    for name in ("graph_max_length", "max_hops", "max_neighbors", "knn_neighbors"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
 

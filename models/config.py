@@ -15,6 +15,7 @@ from models.checks import QUANTILES, check_graph, check_loss, check_numbers, che
 Loss = Literal["bce", "ce", "sampled-softmax", "gbce", "bpr"]
 Negatives = Literal["shared", "per-position"]
 Schedule = Literal["constant", "linear", "cosine"]
+Logger = Literal["tensorboard", "wandb", "mlflow"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal[
     "adamw",
@@ -34,6 +35,10 @@ SplitMethod = Literal["leave-one-out", "global-time"]
 Keep = Literal["last", "first"]
 Weighting = Literal["distance", "frequency"]
 TableSharding = Literal["columns", "rows"]
+# What test users are grouped by, to see who gains.
+Grouping = Literal["popularity", "length"]
+Metric = Literal["cosine", "dot", "euclidean"]
+Search = Literal["exact", "approximate"]
 # The metric of the validation items by which the best epoch is chosen.
 SELECTION_K = 10
 SELECTION = f"NDCG@{SELECTION_K}"
@@ -81,6 +86,8 @@ class SourceConfig(ReadingConfig):
     """global-time: shares of all interactions before the moments of validation and test; training is before both."""
     split_times: tuple[str, str] | None = None
     """global-time: the two moments themselves; dates too, if the data's times are seconds since 1970."""
+    cold_items: float = 0.0
+    """Share of the items, the same in every run, that no training sees and that alone are predicted; 0: none."""
     cache_dir: Path | None = None
     """Where public data sets are kept (left out: what SEVO_OPTAX_CACHE says, or the user's cache folder)."""
 
@@ -90,8 +97,9 @@ class GraphConfig:
     """What the updates are smoothed over: graphs of the training part, by name or from a file."""
 
     graph: tuple[str, ...] = ("item-item",)
-    """item-item: items that follow each other. user-item: users and their items. attributes: items that share one.
-    Or a file that graph.save wrote. Several are combined."""
+    """item-item: items that follow each other. shared-users: items of the same users. user-item: users and their items.
+    attributes: items that share one. knn: items with similar vectors. Or a file that graph.save wrote. Several are
+    combined."""
     graph_weights: tuple[float, ...] = ()
     """How much each graph counts (left out: all alike); each is normalised first."""
     graph_max_length: int = 50
@@ -102,6 +110,16 @@ class GraphConfig:
     """item-item: how far apart in a history two items may be to be related."""
     graph_weighting: Weighting = "distance"
     """item-item: distance: a pair counts 1 / hops. frequency: every pair counts 1."""
+    max_neighbors: int = 50
+    """shared-users: edges an item keeps, those to the items with the most similar sets of users."""
+    vectors: Path | None = None
+    """knn: an .npz with the arrays item_ids and vectors, a row an item, such as export --embeddings writes."""
+    knn_neighbors: int = 20
+    """knn: nearest items that each item counts."""
+    knn_metric: Metric = "cosine"
+    """knn: what is near."""
+    knn_method: Search = "exact"
+    """knn: exact: all pairs are compared. approximate: an index of faiss, for catalogues beyond some 100,000 items."""
     attributes: Path | None = None
     """attributes: a .tsv or .csv with one line an item."""
     attribute_item_column: str = "item_id"
@@ -196,7 +214,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
     eval_every: int = 5
     """Epochs between two evaluations on the validation items."""
     ks: tuple[int, ...] = (1, 5, 10)
-    """Lengths of the lists that HR@k, NDCG@k, MRR@k and coverage@k are given for."""
+    """Lengths of the lists that HR@k, NDCG@k, MRR@k and coverage@k are given for. As there is one item to find, HR@k
+    is recall@k, and MRR@k is MAP@k."""
     exclude_seen: bool = True
     """Whether items in a user's history are left out of the ranking."""
     per_user: bool = False
@@ -213,8 +232,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
     """Whether each epoch records the smoothness of updates and tables, and the alignment of the two updates."""
     keep_epochs: tuple[int, ...] = ()
     """Epochs after which the table that items are scored by is kept, in embeddings/EPOCH.npz; 0: before the first."""
-    tensorboard: bool = False
-    """Whether to write scalars for TensorBoard."""
+    logger: tuple[Logger, ...] = ()
+    """Where else scalars go, one or several: to TensorBoard, Weights & Biases or MLflow (left out: nowhere)."""
     seed: int = 0
     """Seed of initialisation, shuffling, negatives and dropout."""
 
@@ -281,6 +300,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
             raise ValueError(f"patience must be at least 1, got {self.patience}")
         if min(self.keep_epochs, default=0) < 0:
             raise ValueError(f"keep_epochs must be numbers of at least 0, got {self.keep_epochs}")
+        if len(set(self.logger)) < len(self.logger):
+            raise ValueError(f"logger must name each once, got {' '.join(self.logger)}")
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"ks must be one or more numbers of at least 1, got {self.ks}")
         if self.warmup_epochs >= self.epochs:
@@ -294,6 +315,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
             "embedding_dim",
             "graph_max_length",
             "max_hops",
+            "max_neighbors",
+            "knn_neighbors",
             "epochs",
             "batch_size",
             "eval_every",

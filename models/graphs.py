@@ -1,20 +1,24 @@
 """Graphs over the rows of embedding tables, by name or from a file, and their descriptions."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import scipy.sparse
 from jax.experimental.sparse import BCOO
 
 from models.architectures.base import Group, NodeSet, Recommender
+from models.architectures.item_knn import nearest_items
 from models.config import GraphConfig, TrainConfig
-from models.data import Interactions, item_numbers, read_attributes
+from models.data import Interactions, item_attributes, read_item_vectors
 from sevo_optax import graph
 
 # A force-directed drawing of more nodes is a grey ball, and slow.
 LARGEST_DRAWING = 300
-NAMED_GRAPHS = ("item-item", "user-item", "attributes")
+NAMED_GRAPHS = ("item-item", "shared-users", "user-item", "attributes", "knn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,7 @@ def item_graph(name: str, interactions: Interactions, config: GraphConfig) -> BC
     """Builds a graph over rows 0 … num_items of an item table; rows that are no items are isolated.
 
     Args:
-      name: item-item, attributes, or the path of a file that ``graph.save`` wrote.
+      name: item-item, shared-users, attributes, knn, or the path of a file that ``graph.save`` wrote.
       interactions: what the graph is built from.
       config: what belongs to graphs of that name.
 
@@ -120,7 +124,22 @@ def item_graph(name: str, interactions: Interactions, config: GraphConfig) -> BC
             weighting=config.graph_weighting,
         )
     if name == "attributes":
-        return _attribute_graph(interactions, config)
+        numbers, values = item_attributes(config, interactions.item_ids)
+        return graph.shared_attributes(numbers, values, num_nodes)
+    if name == "shared-users":
+        return shared_users(interactions, config.max_neighbors)
+    if name == "knn":
+        vectors, known = _item_vectors(config, interactions.item_ids)
+        try:
+            return graph.knn(
+                vectors,
+                config.knn_neighbors,
+                metric=config.knn_metric,
+                method=config.knn_method,
+                nodes=known.nonzero()[0],
+            )
+        except ImportError as error:
+            raise ValueError(f"knn_method: {error}") from None
     if not Path(name).is_file():
         raise FileNotFoundError(f"graph: {name} is none of {', '.join(NAMED_GRAPHS)}, and no file of that name exists")
     found = graph.load(name)
@@ -132,20 +151,78 @@ def item_graph(name: str, interactions: Interactions, config: GraphConfig) -> BC
     return found
 
 
-def _attribute_graph(interactions: Interactions, config: GraphConfig) -> BCOO:
-    if config.attributes is None:
-        raise ValueError("attributes: the graph of attributes needs --attributes, a .tsv or .csv with one line an item")
-    items, values = read_attributes(
-        config.attributes, item_column=config.attribute_item_column, attribute_column=config.attribute_column
+def shared_users(interactions: Interactions, max_neighbors: int) -> BCOO:
+    r"""Connects items that the same users interacted with, in whatever order and distance.
+
+    .. math:: w_{ij} = \frac{|U_i \cap U_j|}{\sqrt{|U_i| \, |U_j|}}
+
+    for the users :math:`U_i` of item :math:`i`, so that popular items do not outweigh the others. An edge stays if it
+    is among the ``max_neighbors`` heaviest of at least one of its ends; of equal ones, those to smaller numbers.
+
+    Args:
+      interactions: who interacted with what; how often does not matter.
+      max_neighbors: the bound on the edges that an item keeps.
+
+    Returns:
+      Raw symmetric weights, BCOO float32 of shape (num_items + 1, num_items + 1); row 0 is no item.
+
+    Examples:
+      >>> shared_users(Interactions.from_sequences([[1, 2], [1, 2], [2, 3]]), 2).todense().round(2)
+      Array([[0.  , 0.  , 0.  , 0.  ],
+             [0.  , 0.  , 0.82, 0.  ],
+             [0.  , 0.82, 0.  , 0.58],
+             [0.  , 0.  , 0.58, 0.  ]], dtype=float32)
+    """
+    num_nodes = interactions.num_items + 1
+    neighbors, similarities = nearest_items(interactions, min(max_neighbors, interactions.num_items))
+    row, place = np.nonzero(similarities)
+    column, weight = neighbors[row, place], similarities[row, place]
+    # Those that both ends count weigh the same from either.
+    return graph.from_edges(row, column, weight, num_nodes=num_nodes, symmetrize="max")
+
+
+def _item_vectors(config: GraphConfig, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if config.vectors is None:
+        raise ValueError("vectors: the graph knn needs --vectors, an .npz with the arrays item_ids and vectors")
+    return read_item_vectors(config.vectors, item_ids)
+
+
+def graph_notes(config: Any, item_ids: np.ndarray) -> tuple[str, ...]:
+    """What must be said of a configuration's graphs: how many items have no vector.
+
+    Args:
+      config: ``graph`` and what belongs to it; a model in closed form has none.
+      item_ids: shape (num_items + 1,), the catalogue's raw ids.
+
+    Raises:
+      FileNotFoundError: if a file does not exist.
+      ValueError: if a file does not fit.
+    """
+    if "knn" not in config.graph:
+        return ()
+    _, known = _item_vectors(config, item_ids)
+    lacking = len(known) - 1 - int(known.sum())
+    if not lacking:
+        return ()
+    return (
+        f"{lacking:,} of {len(known) - 1:,} items have no vector in {config.vectors}: they get no edges of graph knn",
     )
-    numbers = item_numbers(interactions.item_ids, items.tolist())
-    if not numbers.any():
-        raise ValueError(
-            f"attribute_item_column: no item of {config.attributes} is among the items of the data; the first is "
-            f"{items[0]}, those look like {interactions.item_ids[1]}"
-        )
-    known = numbers > 0  # filters may have left items out
-    return graph.shared_attributes(numbers[known], values[known], interactions.num_items + 1)
+
+
+def graph_files(config: Any) -> tuple[Path, ...]:
+    """The files that a configuration's graphs, or the similarities of a model in closed form, are made of."""
+    named = {"attributes": config.attributes, "knn": config.vectors}
+    files = [named.get(name, None if name in NAMED_GRAPHS else Path(name)) for name in config.graph]
+    return tuple(file for file in files if file is not None)
+
+
+def files_digest(config: Any) -> str:
+    """A digest of what is in :func:`graph_files`; empty: there are none."""
+    digest, files = hashlib.sha256(), graph_files(config)
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16] if files else ""
 
 
 def _matrix(name: str, train: Interactions, config: GraphConfig, num_nodes: int) -> scipy.sparse.csr_array:
@@ -179,8 +256,13 @@ def describe_graphs(source: str, part: str, config: GraphConfig) -> str:
             f"co-occurrence in {what}, {config.graph_keep} {config.graph_max_length}, up to {config.max_hops} hops, "
             f"by {config.graph_weighting}"
         ),
+        "shared-users": f"shared users in {what}, {config.max_neighbors} an item, normalised by popularity",
         "user-item": f"users and items in {what}",
         "attributes": f"items that share {config.attribute_column}",
+        "knn": (
+            f"{config.knn_neighbors} nearest items by {config.knn_metric} of "
+            f"{'vectors' if config.vectors is None else config.vectors.name}"
+        ),
     }
     return f"{source}: {' and '.join(words.get(name, name) for name in config.graph)}"
 

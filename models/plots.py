@@ -1,9 +1,9 @@
 """Pictures of runs and graphs."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -11,8 +11,9 @@ import scipy.sparse
 
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from models.files import write_bytes
 
@@ -33,8 +34,55 @@ PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 STYLES = ["-", "--", ":", "-."]
 
 
+class Arrival(NamedTuple):
+    """When the runs of one optimizer first reach a level.
+
+    Attributes:
+      epochs: mean number of epochs; None: none of them does.
+      spread: one standard deviation; None: there is none.
+      missed: how many runs do not.
+    """
+
+    epochs: float | None
+    spread: float | None = None
+    missed: int = 0
+
+    def label(self, name: str) -> str:
+        """What the legend says of a line."""
+        if self.epochs is None:
+            return f"{name}: not reached"
+        return f"{name} after {self.epochs:.0f} epochs" + (f", {self.missed} not" if self.missed else "")
+
+
+class Goal(NamedTuple):
+    """A level of quality, and when it is reached.
+
+    Attributes:
+      label: what it is.
+      level: NDCG@10.
+    """
+
+    label: str
+    level: float
+
+    def draw_level(self, ax: Axes) -> None:
+        """Draws the level into axes of NDCG@10 over epochs, before the curves, whose labels complete its own."""
+        ax.axhline(self.level, color="black", linestyle=":", linewidth=1, label=f"{self.label}, reached by", zorder=1)
+
+    def draw_arrival(self, ax: Axes, arrival: Arrival, color: Any) -> None:
+        """Draws where a curve reaches it."""
+        if arrival.epochs is not None:
+            marks = {"color": color, "markeredgecolor": "black", "markersize": 8, "capsize": 3, "zorder": 6}
+            ax.errorbar(arrival.epochs, self.level, xerr=arrival.spread, fmt="v", **marks)
+
+
 def validation_curves(
-    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], path: Path, *, title: str = ""
+    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
+    path: Path,
+    *,
+    title: str = "",
+    goal: Goal | None = None,
+    arrivals: Mapping[str, Arrival] | None = None,
 ) -> None:
     """Draws NDCG@10 on the validation items over epochs.
 
@@ -45,8 +93,13 @@ def validation_curves(
       curves: by name, one curve a seed: points (epoch, NDCG@10).
       path: the PNG to write.
       title: what was trained on what.
+      goal: a level to draw; None: none.
+      arrivals: when it is reached, by name.
     """
+    arrivals = arrivals or {}
     fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    if goal is not None:
+        goal.draw_level(ax)
     for name, seeds in curves.items():
         length = min(len(points) for points in seeds)
         epochs = [epoch for epoch, _ in seeds[0][:length]]
@@ -54,11 +107,15 @@ def validation_curves(
         mean = values.mean(axis=0)
         best = int(mean.argmax())
         label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
+        if name in arrivals:
+            label = arrivals[name].label(label)
         (line,) = ax.plot(epochs, mean, label=label, color=COLORS.get(name), linewidth=2)
         ax.plot(epochs[best], mean[best], "o", color=line.get_color())
         if len(seeds) > 1:
             spread = values.std(axis=0, ddof=1)
             ax.fill_between(epochs, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
+        if goal is not None and name in arrivals:
+            goal.draw_arrival(ax, arrivals[name], line.get_color())
     ax.set(xlabel="epoch", ylabel="validation NDCG@10", title=title)
     ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
@@ -77,6 +134,7 @@ class Seeds(NamedTuple):
       style: which line style, counted from 0.
       losses: one list of training losses, an epoch each, a seed.
       validation: one list of points (epoch, NDCG@10) a seed.
+      arrival: when they reach the goal; None: they are not compared with it.
     """
 
     label: str
@@ -84,6 +142,7 @@ class Seeds(NamedTuple):
     style: int
     losses: Sequence[Sequence[float]]
     validation: Sequence[Sequence[tuple[int, float]]]
+    arrival: Arrival | None = None
 
 
 def training_curves(
@@ -92,6 +151,7 @@ def training_curves(
     *,
     title: str = "",
     published: Mapping[str, Mapping[int, tuple[float, float, float]]] | None = None,
+    goal: Goal | None = None,
 ) -> None:
     """Draws NDCG@10 on the validation items and the training loss over epochs: means, and one standard deviation.
 
@@ -100,9 +160,12 @@ def training_curves(
       path: the PNG to write.
       title: what was trained on what.
       published: least, mean and largest published loss by epoch, by optimizer.
+      goal: a level of NDCG@10 to draw; None: none.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for label, optimizer, style, losses, validation in runs:
+    if goal is not None:
+        goal.draw_level(left)
+    for label, optimizer, style, losses, validation, arrival in runs:
         line = {"color": COLORS.get(optimizer), "linestyle": STYLES[style % len(STYLES)], "linewidth": 1.8}
         points = [dict(seed) for seed in validation]
         epochs = [epoch for epoch in points[0] if all(epoch in seed for seed in points)]
@@ -111,10 +174,12 @@ def training_curves(
             (left, epochs, np.array([[seed[epoch] for epoch in epochs] for seed in points])),
             (right, np.arange(1, length + 1), np.array([seed[:length] for seed in losses])),
         ]:
-            ax.plot(x, y.mean(0), label=label, **line)
+            ax.plot(x, y.mean(0), label=label if arrival is None else arrival.label(label), **line)
             if len(y) > 1:
                 spread = y.std(axis=0, ddof=1)
                 ax.fill_between(x, y.mean(0) - spread, y.mean(0) + spread, color=line["color"], alpha=0.2, linewidth=0)
+        if goal is not None and arrival is not None:
+            goal.draw_arrival(left, arrival, line["color"])
     published = published or {}
     bars = []
     for points in published.values():
@@ -123,7 +188,7 @@ def training_curves(
         bars.append(right.errorbar(list(points), mean, yerr=[mean - least, largest - mean], **marks))
     left.set(ylabel="validation NDCG@10")
     right.set(ylabel="training loss")
-    left.legend(frameon=False, loc="lower right")
+    left.legend(frameon=False, loc="lower right", fontsize="small" if len(runs) > 5 else None)
     if bars:
         right.legend(bars, [f"{optimizer}, published: mean and range" for optimizer in published], frameon=False)
     lowest, highest = right.get_ylim()
@@ -379,6 +444,79 @@ def graph_drawing(adjacency: scipy.sparse.csr_array, path: Path, *, title: str =
         networkx.draw_networkx_labels(network, places, ax=ax, font_size=6, font_color="white")
     ax.set_title(title)
     ax.set_axis_off()
+    _save(fig, path)
+
+
+class Tried(NamedTuple):
+    """A trial of a search.
+
+    Attributes:
+      number: of the trial.
+      settings: what was tried, by option.
+      value: the best result on the validation items.
+      finished: whether it was trained to its end.
+    """
+
+    number: int
+    settings: Mapping[str, Any]
+    value: float
+    finished: bool
+
+
+def search(tried: Sequence[Tried], path: Path, *, log: Collection[str] = (), title: str = "", metric: str = "") -> None:
+    """Draws the value of each trial, over the trials and over each option that was searched.
+
+    Trials that were stopped early are hollow, at the best that they had come to. The best of those that were not is
+    marked in each drawing.
+
+    Args:
+      tried: the trials, in their order.
+      path: the PNG to write.
+      log: the options whose axis is logarithmic.
+      title: what was searched.
+      metric: what the values are.
+    """
+    names = list(dict.fromkeys(name for trial in tried for name in trial.settings))
+    finished = [trial for trial in tried if trial.finished]
+    best = max(finished, key=lambda trial: trial.value, default=None)
+    columns = min(3, 1 + len(names))
+    rows = -(-(1 + len(names)) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), layout="constrained", squeeze=False)
+    for ax, name in zip(axes.flat, [None, *names], strict=False):
+        mine = [trial for trial in tried if name is None or name in trial.settings]
+        places = [trial.number if name is None else trial.settings[name] for trial in mine]
+        words = not all(isinstance(x, int | float) and not isinstance(x, bool) for x in places)
+        if words:
+            places = ["+".join(x) if isinstance(x, list | tuple) else str(x) for x in places]
+            labels = sorted(set(places))
+            places = [labels.index(x) for x in places]
+            ax.set_xticks(range(len(labels)), labels)
+            ax.margins(x=0.3)
+        elif name in log:
+            ax.set_xscale("log")
+        if words or all(isinstance(x, int) for x in places):
+            ax.xaxis.set_major_locator(FixedLocator(range(len(labels))) if words else MaxNLocator(integer=True))
+        for ends, face, label in [(True, PALETTE[0], "finished"), (False, "none", "stopped early")]:
+            chosen = [(x, trial.value) for x, trial in zip(places, mine, strict=True) if trial.finished is ends]
+            if chosen:
+                ax.scatter(
+                    *zip(*chosen, strict=True), s=28, facecolor=face, edgecolor=PALETTE[0], label=label, zorder=3
+                )
+        if best is not None and best in mine:
+            ax.scatter(
+                places[mine.index(best)], best.value, s=150, marker="*", color=PALETTE[1], label="best", zorder=4
+            )
+        if name is None and finished:
+            values = np.array([trial.value if trial.finished else -np.inf for trial in tried])
+            numbers, rising = [trial.number for trial in tried], np.maximum.accumulate(values)
+            ax.step(numbers, np.where(np.isfinite(rising), rising, np.nan), where="post", color="#7f7f7f", linewidth=1)
+        ax.set(xlabel="trial" if name is None else name.replace("_", " "), ylabel=metric)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(frameon=False)
+    for ax in list(axes.flat)[1 + len(names) :]:
+        ax.set_axis_off()
+    fig.suptitle(title)
     _save(fig, path)
 
 

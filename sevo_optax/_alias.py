@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import optax
+from jax.sharding import NamedSharding
 
 from sevo_optax._adam import _scale_by_adam_corrected, scale_by_adam_corrected
 from sevo_optax._propagate import Method
@@ -41,7 +42,8 @@ _ARGUMENTS = {
   method: form of the smoothing, see :func:`sevo`.
   rescale: whether the Neumann series is rescaled (Eq. 7) or not (Eq. 6), see :func:`sevo`.
   normalize: whether ``adjacency`` holds raw weights, see :func:`sevo`.
-  node_axis: the axis of the table that counts the nodes, see :func:`sevo`.""",
+  node_axis: the axis of the table that counts the nodes, see :func:`sevo`.
+  graph_sharding: how to split the rows of a graph that one device cannot hold, see :func:`sevo`.""",
 }
 
 
@@ -136,6 +138,7 @@ def sevo_adamw(
     rescale: bool = True,
     normalize: bool = True,
     node_axis: int = 0,
+    graph_sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW enhanced by SEvo (Algorithm 1 of the paper).
 
@@ -187,6 +190,7 @@ def sevo_adamw(
         rescale=rescale,
         normalize=normalize,
         node_axis=node_axis,
+        graph_sharding=graph_sharding,
     )
     num_nodes = adjacency.shape[0]
     return optax.chain(
@@ -215,6 +219,7 @@ def sevo_adam(
     rescale: bool = True,
     normalize: bool = True,
     node_axis: int = 0,
+    graph_sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam enhanced by SEvo (Algorithm 3 of the paper): plain moments, smoothed direction, no weight decay.
 
@@ -263,6 +268,7 @@ def sevo_adam(
             rescale=rescale,
             normalize=normalize,
             node_axis=node_axis,
+            graph_sharding=graph_sharding,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -282,6 +288,7 @@ def sevo_sgd(
     rescale: bool = True,
     normalize: bool = True,
     node_axis: int = 0,
+    graph_sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with momentum enhanced by SEvo (Algorithm 2 of the paper).
 
@@ -328,6 +335,7 @@ def sevo_sgd(
             rescale=rescale,
             normalize=normalize,
             node_axis=node_axis,
+            graph_sharding=graph_sharding,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -101,11 +101,11 @@ def _rows(indices: jax.Array, indptr: jax.Array) -> jax.Array:
 
 def _segment_kernel(data: jax.Array, indices: jax.Array, indptr: jax.Array, x: jax.Array) -> jax.Array:
     rows = _rows(indices, indptr)
-    return jax.ops.segment_sum(data[:, None] * x[indices], rows, x.shape[0], indices_are_sorted=True)
+    return jax.ops.segment_sum(data[:, None] * x[indices], rows, indptr.shape[0] - 1, indices_are_sorted=True)
 
 
 def _csr_kernel(data: jax.Array, indices: jax.Array, indptr: jax.Array, x: jax.Array) -> jax.Array:
-    return sparse.BCSR((data, indices, indptr), shape=(x.shape[0], x.shape[0])) @ x
+    return sparse.BCSR((data, indices, indptr), shape=(indptr.shape[0] - 1, x.shape[0])) @ x
 
 
 def _column_spec(shape: Sequence[int], spec: Sequence[Any], axis: int, mesh_shape: Any) -> P:
@@ -163,10 +163,13 @@ _propagate_p = Primitive("sevo_propagate")
 
 @_propagate_p.def_abstract_eval
 def _(data: Any, indices: Any, indptr: Any, x: Any, *, symmetric: bool) -> Any:
-    del indices, indptr, symmetric
+    del indices
     if data.dtype != x.dtype:
         raise TypeError(f"propagate needs one dtype, got data {data.dtype} and x {x.dtype}")
-    return x.update(weak_type=False)
+    # Typed with a sharding, x is whole or split by columns, and so is the result: see `columnwise`.
+    return (
+        x.update(weak_type=False) if symmetric else x.update(shape=(indptr.shape[0] - 1, x.shape[1]), weak_type=False)
+    )
 
 
 @partial(jax.jit, static_argnames="symmetric")
@@ -214,7 +217,7 @@ def _propagate_transpose(
             return None, None, None, _propagate(data, indices, indptr, cotangent, True)
         rows = _rows(indices, indptr)
         spread = data[:, None] * cotangent[rows]
-        return None, None, None, jax.ops.segment_sum(spread, indices, cotangent.shape[0])
+        return None, None, None, jax.ops.segment_sum(spread, indices, x.aval.shape[0])
     return jnp.sum(cotangent[_rows(indices, indptr)] * x[indices], axis=1), None, None, None
 
 
@@ -223,7 +226,7 @@ def _propagate_batch(args: Any, dims: Any, *, symmetric: bool) -> tuple[jax.Arra
         # Columns are independent: (batch, nodes, dim) is one product over (nodes, batch * dim).
         def local(leaves: Sequence[jax.Array], csr: CSR) -> list[jax.Array]:
             (x,) = leaves
-            return [_propagate(*csr, x.reshape(x.shape[0], -1), symmetric).reshape(x.shape)]
+            return [_propagate(*csr, x.reshape(x.shape[0], -1), symmetric).reshape(-1, *x.shape[1:])]
 
         return columnwise(local, [jnp.moveaxis(args[3], dims[3], 1)], 0, CSR(*args[:3]))[0], 1
     return jax.vmap(_segment_kernel, in_axes=tuple(dims))(*args), 0
@@ -258,6 +261,11 @@ def propagate(csr: CSR, x: jax.Array) -> jax.Array:
     return _propagate(*csr, x, True)
 
 
+def propagate_rows(data: jax.Array, indices: jax.Array, indptr: jax.Array, x: jax.Array) -> jax.Array:
+    """The product of some rows of a matrix, shape (rows, nodes), with ``x``, shape (nodes, dim)."""
+    return _propagate(data, indices, indptr, x, False)
+
+
 def compute_dtype(*dtypes: Any) -> Any:
     """The dtype in which tables of ``dtypes`` are smoothed: at least float32 (half precision loses the tail)."""
     return jnp.result_type(jnp.float32, *dtypes)
@@ -284,10 +292,22 @@ def series(
 def _series(
     csr: CSR, x: jax.Array, beta: jax.Array, num_layers: jax.typing.ArrayLike, method: Method, rescale: bool
 ) -> jax.Array:
+    return terms(partial(propagate, csr), x, beta, num_layers, method, rescale)
+
+
+def terms(
+    product: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    beta: jax.Array,
+    num_layers: jax.typing.ArrayLike,
+    method: Method,
+    rescale: bool,
+) -> jax.Array:
+    """The series for any linear ``product``, see :func:`series`."""
     if method == "exact":
         tolerance = EXACT_TOLERANCE[np.dtype(x.dtype).name]
         solution, _ = jax.scipy.sparse.linalg.cg(
-            lambda y: y - beta * propagate(csr, y),
+            lambda y: y - beta * product(y),
             (1 - beta) * x,
             x0=x,
             tol=tolerance,
@@ -297,15 +317,13 @@ def _series(
     # Without the loop, a batch stays folded from one product to the next, and nothing is copied into the loop's carry.
     unroll = True if isinstance(num_layers, int) and num_layers <= 8 else None
     if method == "iterative":
-        return jax.lax.fori_loop(
-            0, num_layers, lambda _, y: beta * propagate(csr, y) + (1 - beta) * x, x, unroll=unroll
-        )
+        return jax.lax.fori_loop(0, num_layers, lambda _, y: beta * product(y) + (1 - beta) * x, x, unroll=unroll)
 
     # Horner's rule for Σ βˡÃˡ: one product and one fused multiply-add a term. The same recurrence on the number 1 gives
     # Σ βˡ = (1 - β^{L+1}) / (1 - β) without the cancellation of that quotient near β = 1.
     def term(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         total, norm = carry
-        return x + beta * propagate(csr, total), 1 + beta * norm
+        return x + beta * product(total), 1 + beta * norm
 
     total, norm = jax.lax.fori_loop(0, num_layers, term, (x, jnp.ones_like(beta)), unroll=unroll)
     return total / norm if rescale else (1 - beta) * total

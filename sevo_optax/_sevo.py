@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
-from sevo_optax import _propagate, _tables, _weights
+from sevo_optax import _propagate, _sharded, _tables, _weights
 from sevo_optax._propagate import CSR, Method
+from sevo_optax._sharded import ShardedCSR
+from sevo_optax._shards import Layout, Shards, in_memory
 from sevo_optax._smooth import check_form, is_traced, smooth_leaves
 from sevo_optax._tables import Tables
 from sevo_optax._weights import Adjacency
@@ -19,16 +22,16 @@ class SEvoState(NamedTuple):
 
     Attributes:
       count: shape (), int32, the number of updates so far: what a schedule of ``beta`` is called with.
-      graph: the normalised adjacency as CSR arrays. It never changes. It lives here, and not in a closure, so that a
-        jitted step receives it as an argument: a constant of that size would be printed into the program and folded by
-        the compiler.
+      graph: the normalised adjacency as CSR arrays, split over devices if ``graph_sharding`` says so. It never changes.
+        It lives here, and not in a closure, so that a jitted step receives it as an argument: a constant of that size
+        would be printed into the program and folded by the compiler.
       residual: shape (), float32, how far the last solve of ``method="exact"`` ended from the solution, as
         :func:`residual` defines it: near 1e-6, or 1e-12 in float64, where it has converged. None for the other methods,
         which solve nothing. ``optax.tree.get(state, "residual")`` finds it in the state of a chain.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
-    graph: CSR
+    graph: CSR | ShardedCSR
     residual: jax.Array | None = None
 
 
@@ -42,6 +45,7 @@ def sevo(
     rescale: bool = True,
     normalize: bool = True,
     node_axis: int = 0,
+    graph_sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Smooths the update of an embedding table over a graph, so that related rows move together.
 
@@ -64,6 +68,28 @@ def sevo(
 
     * **after the moments**, before weight decay and step size, it is Algorithm 1 of the paper: :func:`sevo_adamw`.
 
+    **Split graphs.** With :math:`n` nodes, :math:`m` stored entries, :math:`N` devices on the axes of
+    ``graph_sharding``, :math:`d` columns a device and numbers of :math:`b` bytes, each device holds
+    :math:`R = \lceil n/N \rceil` rows of :math:`\tilde A` (about :math:`8m/N + 4R` bytes) and of the table. A layer of
+    the series sends it the rows of others that its own rows have entries for, in one all-to-all; what is needed is
+    planned once, on the host. With :math:`H` the most rows that one device needs of one other, a device sends and
+    receives
+
+    .. math::
+
+      (N-1) \, H \, d \, b \; L \quad \text{bytes a step}, \qquad H \le \min(R, \, m/N^2 \text{ if evenly spread})
+
+    and holds :math:`4NH` bytes of plan and :math:`NHdb` of received rows. It never exceeds what gathering the table
+    would take, :math:`(N-1) R d b` a layer. ``graph.shard(weights, N).summary()`` counts :math:`H` for a graph. Devices
+    reserve as many entries as the fullest of them, so nodes should not be numbered by popularity.
+
+    The table should be split by rows over the same axes: then nothing else is sent. Otherwise it is exchanged for one
+    that is, before and after. Rows that the devices do not divide are padded inside. Results equal those of the whole
+    graph up to rounding. Under ``vmap`` the replicas' columns travel together, in one all-to-all a layer for all of
+    them. The state holds arrays of shape (N, …) split over the mesh; :func:`without_graphs` takes them out of
+    checkpoints, and ``init``, outside of ``jit``, builds them for any other number of devices. Not available for
+    ``method="exact"``.
+
     Args:
       adjacency: raw symmetric non-negative weights, shape (nodes, nodes), as :class:`jax.experimental.sparse.BCOO` (see
         :mod:`sevo_optax.graph`), scipy sparse matrix or dense array. Node ``i`` is row ``i`` of the table: padding and
@@ -78,6 +104,9 @@ def sevo(
       rescale: whether the Neumann series is rescaled (Eq. 7, Theorem 2) or not (Eq. 6, the slower curve of Figure 4a).
       normalize: whether ``adjacency`` holds raw weights. False if it is :math:`\tilde A` already.
       node_axis: which axis of the table counts the nodes: 1 for a (dim, nodes) kernel of an output layer.
+      graph_sharding: None: every device holds the whole graph. Or how to split its rows over devices, for a graph that
+        one device cannot hold: ``NamedSharding(mesh, PartitionSpec("model"))``, or a tuple of axes in place of one. See
+        *Split graphs* above. Needs JAX 0.10 or later.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`. Its state is a :class:`SEvoState`, which holds the graph.
@@ -119,21 +148,38 @@ def sevo(
             "outside of jax.jit, and under optax.inject_hyperparams, which traces arrays, pass a BCOO or a scipy "
             "matrix, or static_args=('adjacency',)"
         )
-    matrix = _weights.symmetric_csr(adjacency)
-    if normalize:
-        matrix = _weights.normalize_csr(matrix)
-    num_nodes = matrix.shape[0]
+    if graph_sharding is None:
+        if isinstance(adjacency, Shards):
+            raise ValueError(
+                f"adjacency is split into {len(adjacency)} shards, but graph_sharding is None; say over which devices, "
+                "as in graph_sharding=NamedSharding(mesh, PartitionSpec('model'))"
+            )
+        matrix = _weights.symmetric_csr(adjacency)
+        if normalize:
+            matrix = _weights.normalize_csr(matrix)
+        num_nodes = matrix.shape[0]
+    else:
+        shards = _as_shards(adjacency, graph_sharding, method)
+        num_nodes = shards.shape[0]
 
     def init_fn(params: optax.Params) -> SEvoState:
         dtypes = []
+        rows = [num_nodes]
         # A tree without leaves is how optax asks for the structure of the state.
         if jax.tree.leaves(params):
             positions, leaves, names, _ = _tables.find(params, paths, num_nodes)
-            _tables.check(positions, leaves, names, node_axis, num_nodes)
+            axis = _tables.check(positions, leaves, names, node_axis, num_nodes)
             dtypes = [leaves[i].dtype for i in positions]
+            rows = [leaves[i].shape[axis] for i in positions]
+        dtype = _propagate.compute_dtype(*dtypes)
+        graph: CSR | ShardedCSR
+        if graph_sharding is None:
+            graph = _propagate.to_device(matrix, dtype)
+        else:
+            graph = _sharded.to_devices(shards, rows, graph_sharding, dtype, normalize)
         return SEvoState(
             count=jnp.zeros([], jnp.int32),
-            graph=_propagate.to_device(matrix, _propagate.compute_dtype(*dtypes)),
+            graph=graph,
             residual=jnp.zeros([], jnp.float32) if method == "exact" else None,
         )
 
@@ -144,13 +190,21 @@ def sevo(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SEvoState]:
         del params, extra_args
-        _check_state(state, num_nodes, matrix.nnz)
+        _check_state(state)
         positions, leaves, names, treedef = _tables.find(updates, paths, num_nodes)
         axis = _tables.check(positions, leaves, names, node_axis, num_nodes)
         strength = beta(state.count) if callable(beta) else beta
         chosen = [leaves[i] for i in positions]
+        off = None
         with jax.named_scope("sevo"):
-            smoothed, off = smooth_leaves(chosen, axis, state.graph, strength, num_layers, method, rescale)
+            if graph_sharding is None:
+                graph = _check_graph(state.graph, num_nodes, matrix.nnz)
+                smoothed, off = smooth_leaves(chosen, axis, graph, strength, num_layers, method, rescale)
+            else:
+                split = _check_split_graph(state.graph, Layout([leaf.shape[axis] for leaf in chosen], len(shards)))
+                smoothed = _sharded.smooth_leaves(
+                    chosen, axis, split, strength, num_layers, method, rescale, graph_sharding
+                )
         for i, leaf in zip(positions, smoothed, strict=True):
             leaves[i] = leaf
         return jax.tree.unflatten(treedef, leaves), SEvoState(
@@ -162,21 +216,74 @@ def sevo(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_state(state: Any, num_nodes: int, num_entries: int) -> None:
-    """Checks that a state belongs to a graph of this size."""
+def _as_shards(adjacency: Any, sharding: Any, method: Method) -> Shards:
+    """The rows of ``adjacency`` in as many shards as ``sharding`` splits a graph into."""
+    number = _sharded.num_shards_of(sharding)
+    if jax.__version_info__ < (0, 10):
+        raise ValueError(
+            f"graph_sharding needs JAX 0.10 or later, this is {jax.__version__}; upgrade it, or leave it out"
+        )
+    if method == "exact":
+        raise ValueError(
+            "method='exact' does not work with graph_sharding: it is meant for graphs that one device holds; "
+            "use method='neumann' with more layers"
+        )
+    if not isinstance(adjacency, Shards):
+        return in_memory(_weights.symmetric_csr(adjacency), number)
+    if len(adjacency) != number:
+        raise ValueError(
+            f"adjacency is split into {len(adjacency)} shards, but graph_sharding splits a graph over {number} "
+            f"devices; make it with num_shards={number}"
+        )
+    return adjacency
+
+
+def _check_state(state: Any) -> None:
+    """Checks that a state is one of ``sevo`` and holds a graph."""
     if not isinstance(state, SEvoState):
         raise TypeError(
             f"the state of sevo(...) is a {type(state).__name__}; wanted the SEvoState that its init or update returned"
         )
     if state.graph is None:
         raise ValueError("the state of sevo(...) holds no graph; put it back: with_graphs(state, tx.init(params))")
-    nodes, entries = state.graph.indptr.shape[0] - 1, state.graph.data.shape[0]
+
+
+_EXCHANGE = (
+    "start with tx.init(params), or exchange the graph alone: with_graphs(without_graphs(state), tx.init(params))"
+)
+
+
+def _check_graph(graph: Any, num_nodes: int, num_entries: int) -> CSR:
+    """Checks that the graph of a state is whole and of this size."""
+    if isinstance(graph, ShardedCSR):
+        raise ValueError(
+            f"the state of sevo(...) holds a graph split over {graph.send.shape[0]} devices, but graph_sharding is "
+            f"None; {_EXCHANGE}"
+        )
+    nodes, entries = graph.indptr.shape[0] - 1, graph.data.shape[0]
     if (nodes, entries) != (num_nodes, num_entries):
         raise ValueError(
             f"the state of sevo(...) holds the graph of {nodes} nodes and {entries} entries, but this transformation "
-            f"was made for one of {num_nodes} nodes and {num_entries} entries; start with tx.init(params), or exchange "
-            "the graph alone: with_graphs(without_graphs(state), tx.init(params))"
+            f"was made for one of {num_nodes} nodes and {num_entries} entries; {_EXCHANGE}"
         )
+    whole: CSR = graph
+    return whole
+
+
+def _check_split_graph(graph: Any, layout: Layout) -> ShardedCSR:
+    """Checks that the graph of a state is split as ``layout`` says."""
+    wanted = (layout.num_shards, layout.rows + 1)
+    if not isinstance(graph, ShardedCSR) or graph.indptr.shape != wanted:
+        held = (
+            f"{graph.send.shape[0]} shards of {graph.indptr.shape[1] - 1} rows"
+            if isinstance(graph, ShardedCSR)
+            else "a whole graph"
+        )
+        raise ValueError(
+            f"the state of sevo(...) holds {held}, but graph_sharding asks for {wanted[0]} shards of {wanted[1] - 1} "
+            f"rows; {_EXCHANGE}"
+        )
+    return graph
 
 
 def state_axes(state: optax.OptState, axis: int = 0) -> Any:
@@ -208,7 +315,8 @@ def state_axes(state: optax.OptState, axis: int = 0) -> Any:
             return axis
         whole: Any = None
         own: Any = axis
-        return SEvoState(own, CSR(whole, whole, whole), whole if leaf.residual is None else own)
+        kind = ShardedCSR if isinstance(leaf.graph, ShardedCSR) else CSR
+        return SEvoState(own, kind(*[whole] * len(kind._fields)), whole if leaf.residual is None else own)
 
     return jax.tree.map(axes, state, is_leaf=lambda leaf: isinstance(leaf, SEvoState))
 

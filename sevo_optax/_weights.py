@@ -13,11 +13,15 @@ import scipy.sparse
 from jax.experimental import sparse as jsparse
 
 from sevo_optax._memory import require_memory
+from sevo_optax._shards import Shards
 
 Adjacency: TypeAlias = (
-    jsparse.BCOO | jsparse.BCSR | scipy.sparse.sparray | scipy.sparse.spmatrix | np.ndarray | jax.Array
+    jsparse.BCOO | jsparse.BCSR | scipy.sparse.sparray | scipy.sparse.spmatrix | np.ndarray | jax.Array | Shards
 )
-"""Whatever holds weights of shape (nodes, nodes): BCOO, BCSR, SciPy sparse, or a dense array."""
+"""Whatever holds weights of shape (nodes, nodes): BCOO, BCSR, SciPy sparse, or a dense array.
+
+:class:`graph.Shards`, which holds some rows at a time, is for :func:`sevo` with ``graph_sharding`` alone.
+"""
 
 # How far w_ij and w_ji may lie apart, relative to the heaviest edge of nodes i and j.
 _SYMMETRY_TOLERANCE = 1e-6
@@ -63,6 +67,11 @@ def _raw_csr(adjacency: Any, name: str) -> scipy.sparse.csr_array:
         raise TypeError(
             f"{name} is a traced value; a graph is prepared once on the host, in NumPy. "
             "Build and pass it outside jax.jit, jax.grad and jax.vmap."
+        )
+    if isinstance(adjacency, Shards):
+        raise TypeError(
+            f"{name} is a Shards, some rows of a graph at a time; wanted the whole graph. "
+            "Shards are for sevo(..., graph_sharding=...) alone."
         )
     known = isinstance(adjacency, jsparse.BCOO | jsparse.BCSR | np.ndarray | jax.Array)
     if not (known or scipy.sparse.issparse(adjacency)):

@@ -103,9 +103,14 @@ def check(site: Path, screenshots: Path, chromium: str) -> list[str]:
     return wrong
 
 
+def find_chromium() -> str | None:
+    """The path of a Chromium; None: there is none."""
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUMS)), None)
+
+
 def main(site: str, screenshots: str) -> int:
     """Prints what is wrong; returns 1 if anything is."""
-    chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    chromium = find_chromium()
     if not chromium:
         print("skipped: there is no Chromium here; Debian's package is called chromium, or set CHROMIUM to its path")
         return 0

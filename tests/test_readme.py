@@ -1,15 +1,16 @@
 """The Python of README and documentation runs, top to bottom, as a reader would run it; their commands exist."""
 
+import contextlib
 import functools
+import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 import sevo_optax
+from models.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,14 +42,15 @@ def run(path):
 @functools.cache
 def options(command):
     """The options that a command's help lists."""
-    shown = subprocess.run(
-        [sys.executable, "-m", "models", command, "--help"], capture_output=True, text=True, cwd=ROOT, check=True
-    ).stdout
-    return set(re.findall(r"--[\w-]+", shown))
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"--[\w-]+", shown.getvalue()))
 
 
 @pages("```python")
-def test_python_runs(path):
+def test_python_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for what a page writes
     assert run(path)
 
 
@@ -90,6 +92,10 @@ def test_make_targets_and_files_exist(path):
         )
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (path.parent / link).exists(), link
+
+
+def test_readme_stays_short():
+    assert len(README.splitlines()) <= 200, "move what only some readers need to docs/"
 
 
 def test_nothing_is_left_to_fill_in():

@@ -1,8 +1,9 @@
-"""Item-kNN: items like those of the history, by who interacted with both."""
+"""Item-kNN: items like those of the history, by who interacted with both, or by what they have in common."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 
 from models.architectures.base import Encoded, Group, NodeSet, Recommender
 from models.config import ClosedFormConfig
-from models.data import Interactions
+from models.data import Interactions, item_attributes
 from models.feeds import Batch
 
 # Pairs of items that may be counted at once on the host, some 60 bytes each.
@@ -29,6 +30,19 @@ class ItemKNNConfig(ClosedFormConfig):
     """Neighbours of an item in the history that get a score."""
     max_length: int = 50
     """How many of a history's newest items count."""
+    similarity: Literal["users", "attributes"] = "users"
+    """What makes two items similar: users in common, or attributes."""
+    attributes: Path | None = None
+    """attributes: a .tsv or .csv with one line an item."""
+    attribute_item_column: str = "item_id"
+    """Its column of item ids, as they are in the data."""
+    attribute_column: str = "genres"
+    """Its column of attributes, several separated by '|'."""
+
+    @property
+    def graph(self) -> tuple[str, ...]:
+        """What the similarities come from, as graphs are called: it says which options are heeded."""
+        return ("attributes",) if self.similarity == "attributes" else ("item-item",)
 
     def _at_least_one(self) -> tuple[str, ...]:
         return ("num_neighbors", "max_length", *super()._at_least_one())
@@ -43,7 +57,8 @@ class ItemKNN(Recommender):
       \cos(i, j) = \frac{|U_i \cap U_j|}{\sqrt{|U_i| \, |U_j|}}
 
     over the distinct items of the history :math:`h`, where :math:`U_i` are the users with item :math:`i` in their
-    training data, and :math:`N_k(i)` the ``num_neighbors`` items that are most similar to it.
+    training data, and :math:`N_k(i)` the ``num_neighbors`` items that are most similar to it. With ``similarity``
+    attributes, :math:`U_i` are the attributes of item :math:`i`: then items are found that nobody has interacted with.
 
     Args:
       num_items: size of the catalogue.
@@ -83,7 +98,12 @@ class ItemKNN(Recommender):
 
     def fit(self, train: Interactions, config: Any) -> None:
         """Finds every item's neighbours, on the host."""
-        del config
+        if config.similarity == "attributes":
+            numbers, values = item_attributes(config, train.item_ids)
+            _, code = np.unique(values.astype(str), return_inverse=True)
+            # Attributes take the place of users: each is a set of items.
+            offsets = np.concatenate([[0], np.bincount(code).cumsum()]).astype(np.int64)
+            train = Interactions(numbers[np.argsort(code, kind="stable")], offsets, train.num_items)
         neighbors, similarities = nearest_items(train, self.neighbors.shape[1])
         self.neighbors[...] = jnp.asarray(neighbors)
         self.similarities[...] = jnp.asarray(similarities, self.similarities.dtype)

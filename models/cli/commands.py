@@ -15,7 +15,7 @@ import tyro
 from tabulate import tabulate
 
 from models.checks import QUANTILES
-from models.config import SELECTION, Duplicates, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
+from models.config import SELECTION, Duplicates, Grouping, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
 from models.training.files import make_folder, refuse_run_file, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
@@ -159,6 +159,8 @@ class Evaluate:
     """Rank items in a user's history too, even if the run did not."""
     cache_dir: Path | None = None
     """Where public data sets are kept."""
+    by: tuple[Grouping, ...] = ()
+    """Groups of users to show as well, by their item's training interactions, or by how long their history is."""
     per_user: Path | None = None
     """A .csv to write the rank of every test user's item to."""
     output: Path | None = None
@@ -177,7 +179,7 @@ class Evaluate:
         from models.data import split_interactions
         from models.serving.trained import evaluate, in_catalogue
         from models.training.checkpoints import load_run
-        from models.training.overlap import overlap_note
+        from models.training.overlap import SPLITTING, overlap_note
 
         run = load_run(self.checkpoint, self.which)
         config = self._config(run.info.config)
@@ -197,6 +199,9 @@ class Evaluate:
         print(f"{self.checkpoint}, epoch {run.epoch}: {len(evaluation.ranks):,} users")
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items()))
         print(f"({protocol})")
+        for grouping in dict.fromkeys(self.by):
+            trained_on = same_data and all(getattr(config, x) == getattr(run.info.config, x) for x in SPLITTING)
+            print(f"\n{_groups_table(grouping, evaluation.groups[grouping], trained_on)}")
         if self.per_user is not None:
             rows = zip(
                 evaluation.users.tolist(), evaluation.items.tolist(), (evaluation.ranks + 1).tolist(), strict=True
@@ -213,6 +218,8 @@ class Evaluate:
                 "protocol": protocol,
                 "test": evaluation.metrics,
             }
+            if self.by:
+                report["groups"] = {grouping: evaluation.groups[grouping] for grouping in self.by}
             write_json(self.output, report)
             print(f"result: {self.output}")
 
@@ -245,9 +252,15 @@ class Export:
     """The parameters with the best validation result, or the newest."""
     output: Path | None = None
     """File to write; the items' ids come beside it (left out: model.jaxexport in the run's folder)."""
+    embeddings: Path | None = None
+    """An .npz to write instead, or with --output besides: the items' ids and vectors, for --graph knn --vectors."""
 
     def run(self) -> None:
         """Exports, and prints where to and how to use it."""
+        if self.embeddings is not None and self.embeddings.suffix != ".npz":
+            raise ValueError(f"embeddings must end in .npz, got {self.embeddings}")
+        _make_parent("embeddings", self.embeddings)
+        refuse_run_file("embeddings", self.embeddings, self.checkpoint)
         output = self.checkpoint / "model.jaxexport" if self.output is None else self.output
         if self.output is not None:
             _make_parent("output", output)
@@ -257,6 +270,14 @@ class Export:
         from models.training.checkpoints import load_run
 
         run = load_run(self.checkpoint, self.which)
+        if self.embeddings is not None:
+            vectors = export.write_embeddings(run, self.embeddings)
+            print(
+                f"{self.checkpoint}, epoch {run.epoch}: wrote {len(vectors):,} vectors of {vectors.shape[1]} numbers "
+                f"and the items' ids, {self.embeddings}; give it to train --graph knn --vectors {self.embeddings}"
+            )
+            if self.output is None:
+                return
         items = export.write_export(run, output)
         size = output.stat().st_size / 1e6
         print(
@@ -382,6 +403,28 @@ def _table(lines: list[dict[str, Any]]) -> str:
     cells = [[f"{value:.4f}" if name == "score" else str(value) for name, value in line.items()] for line in lines]
     sides = ["left" if isinstance(value, str) else "right" for value in lines[0].values()]
     return tabulate([list(lines[0]), *cells], tablefmt="plain", disable_numparse=True, colalign=sides)
+
+
+def _groups_table(grouping: Grouping, groups: Mapping[str, Mapping[str, Any]], trained_on: bool) -> str:
+    """The metrics of groups of users, a group a line.
+
+    Args:
+      grouping: what the users are grouped by.
+      groups: metrics by the group's name.
+      trained_on: whether the run was trained on the training part of the data that it is tested on.
+    """
+    from models.evaluation.groups import COUNTED
+
+    names = [name for name in max(groups.values(), key=len) if name != "users"]
+    lines = [[grouping, "users", *names]]
+    for group, found in groups.items():
+        values = [f"{found[name]:.4f}" for name in names] if found["users"] else ["none"]
+        lines.append([group, f"{found['users']:,}", *values])
+    sides = ["left"] + ["right"] * (len(names) + 1)
+    counted = COUNTED[grouping]
+    if grouping == "popularity" and not trained_on:
+        counted += ", counted in the training part of these data, which the run was not trained on"
+    return f"by {grouping}: {counted}\n" + tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 def _make_parent(option: str, path: Path | None) -> None:

@@ -17,8 +17,9 @@ from models import processes
 from models.checks import check_graph, check_numbers, check_split
 from models.cli.commands import Evaluate, Export, Recommend, load_and_describe
 from models.cli.parsing import parse
-from models.config import OPTIMIZERS, DeviceOptions, GraphConfig, Optimizer, SourceConfig, TrainConfig
+from models.config import OPTIMIZERS, SELECTION, DeviceOptions, GraphConfig, Optimizer, SourceConfig, TrainConfig
 from models.memory import out_of_memory_told
+from models.report import Report
 from models.reproduce import Reproduce
 from models.training import progress
 from models.training.files import make_folder
@@ -36,7 +37,8 @@ PROGRAM = "python -m models"
 DESCRIPTION = "Trains, compares and uses recommenders. --version instead of a command says which release this is."
 USAGE_ERROR = 2
 PATHS = ("output_dir", "results_dir", "work_dir", "data_dir", "cache_dir", "checkpoint", "data", "histories", "titles")
-PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates")
+PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates", "vectors", "embeddings")
+PATHS += ("runs",)
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -116,10 +118,10 @@ class Compare(RunOptions):
     seeds: int = 1
     """How many seeds, counted on from seed. Several give mean ± standard deviation and a paired t-test."""
     output_dir: Path = Path("runs/compare")
-    """Folder for compare.json, compare.png and one folder a run."""
+    """Folder for compare.json, compare.png, report.html and one folder a run."""
 
     def run(self) -> None:
-        """Trains every arm, and prints the table and where the picture is."""
+        """Trains every arm, and prints the table and where the picture and the page about it are."""
         from models.training import compare
 
         self._check_output()
@@ -148,9 +150,80 @@ class Compare(RunOptions):
             protocol = next(run.protocol for runs in results.values() for run in runs)
             print(f"\ntest metrics ({protocol}):\n")
             print(compare.table(results))
+            reached = compare.times_to_quality(compare.read_courses(results, self.output_dir))
+            if reached:
+                print(f"\ntrained until the best validation {SELECTION} of {arms[0]} with the same seed is reached:\n")
+                print(compare.time_table(reached))
             print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
+            self._report(arms, config.seed, prepared)
         if diverged is not None:
             raise diverged
+
+    def _report(self, arms: Sequence[Optimizer], seed: int, prepared: "TrainingData") -> None:
+        """Writes the page about the comparison. What was trained is worth more than a page that cannot be made."""
+        from models.report.page import write_comparison
+
+        names = [f"{arm}-{seed + i}" for arm in arms for i in range(self.seeds)]
+        folders = [self.output_dir / name for name in names if (self.output_dir / name / "run.json").exists()]
+        try:
+            write_comparison(folders, prepared, self.output_dir / "report.html")
+        except (ValueError, OSError) as error:
+            print(f"warning: there is no report: {error}", file=sys.stderr)
+        else:
+            print(f"report, to open in a browser: {self.output_dir / 'report.html'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tune(RunOptions):
+    """Search for settings by the validation items, and test the best ones alone. Goes on with --resume when killed."""
+
+    search: tuple[str, ...] = ()
+    """What is searched: name=low:high, name=low:high:log, name=a,b,c, or a name alone, in its usual range (left out: of
+    learning-rate, weight-decay, dropout-rate, beta, num-layers, max-hops and graph, those that the model heeds)."""
+    trials: int = 30
+    """How many settings are tried, those of earlier calls included."""
+    hours: float | None = None
+    """Try for no longer than about this; --resume goes on with the trial under way (left out: until all are done)."""
+    pruner: Literal["median", "successive-halving", "none"] = "median"
+    """When trials are stopped early. median: behind the median of the others at the same epoch. successive-halving:
+    a third goes on, again and again. none: never."""
+    output_dir: Path = Path("runs/tune")
+    """Folder for trials.json, best.yaml (a preset), search.png, search.journal and one folder a trial."""
+
+    def run(self) -> None:
+        """Searches, and prints what was found and where it is."""
+        self._check_output()
+        if self.trials < 1:
+            raise ValueError(f"trials must be at least 1, got {self.trials}")
+        if self.hours is not None and not 0 < self.hours < float("inf"):
+            raise ValueError(f"hours must be a number above 0, got {self.hours}")
+        from models.tuning.space import parse_space
+
+        space = parse_space(self.search, _values(self))
+        from models.training.loggers import check_installed
+        from models.tuning import search
+
+        search.require_optuna()
+        check_installed(space.base.logger)
+        make_folder("output_dir", self.output_dir)
+        print(f"searched: {' '.join(space.describe())}", flush=True)
+        found = search.tune(
+            load_and_describe(space.base),
+            space,
+            self.output_dir,
+            trials=self.trials,
+            hours=self.hours,
+            pruner=self.pruner,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            say=functools.partial(print, flush=True),
+        )
+        folder = self.output_dir / "trials" / f"{found.best.number:04}"
+        print(f"best: trial {found.best.number} of {len(found.trials)}, epoch {found.result.best_epoch}: {folder}")
+        print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in found.result.test.items()))
+        print(f"({found.result.protocol})")
+        names = ("best.yaml", "trials.json", "search.png")
+        print("settings: {}, trials: {}, picture: {}".format(*(self.output_dir / name for name in names)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +240,10 @@ class Graph(GraphConfig, SourceConfig):
         check_numbers(self)
         check_split(self)
         check_graph(self)
+        if self.part == "all" and self.cold_items:
+            raise ValueError(
+                f"cold_items is not heeded with part all, got {self.cold_items}; leave it out or give --part train"
+            )
         if self.part == "all" and self.split != "leave-one-out":
             raise ValueError(f"split is not heeded with part all, got {self.split}; leave it out or give --part train")
         if "item-item" not in self.graph:
@@ -176,12 +253,14 @@ class Graph(GraphConfig, SourceConfig):
 
         make_folder("output_dir", self.output_dir)
         interactions = load_and_describe(self)
-        if self.part == "train" and set(self.graph) != {"attributes"}:
+        if self.part == "train" and not set(self.graph) <= {"attributes", "knn"}:
             interactions = split_interactions(interactions, self).train
         adjacency = graphs.build_graph(interactions, self)
         source = "embedded data" if self.data is None else self.data.stem
         title = graphs.describe_graphs(source, self.part, self)
         print(title)
+        for note in graphs.graph_notes(self, interactions.item_ids):
+            print(f"  {note}")
         for line in graphs.describe(adjacency, title, self.output_dir):
             print(line)
 
@@ -198,21 +277,28 @@ class Graph(GraphConfig, SourceConfig):
 COMMANDS: dict[str, Any] = {
     "train": Train,
     "compare": Compare,
+    "tune": Tune,
     "recommend": Recommend,
     "evaluate": Evaluate,
     "export": Export,
     "graph": Graph,
     "reproduce": Reproduce,
+    "report": Report,
 }
-TRAINING = ("train", "compare")
+TRAINING = ("train", "compare", "tune")
 
 
 def _config(command: Any) -> TrainConfig:
     """The checked configuration among a command's options."""
     from models.architectures.registry import config_from_dict
 
+    return config_from_dict(_values(command))
+
+
+def _values(command: Any) -> dict[str, Any]:
+    """The fields of the configuration among a command's options."""
     kind = next(base for base in type(command).__mro__ if base.__name__.endswith("Config"))
-    return config_from_dict({field.name: getattr(command, field.name) for field in dataclasses.fields(kind)})
+    return {field.name: getattr(command, field.name) for field in dataclasses.fields(kind)}
 
 
 def _check_mesh(options: DeviceOptions, config: TrainConfig) -> None:
@@ -245,13 +331,18 @@ def _layout(mesh: "Mesh", sharding: "TableSharding", config: TrainConfig, prepar
 
 def _prepare(config: TrainConfig, output_dir: Path, num_devices: int = 1) -> "TrainingData":
     """Checks everything that can be checked before training, and says what is trained on."""
+    from models.graphs import graph_notes
+    from models.training.loggers import check_installed
     from models.training.training_data import make_training_data
 
+    check_installed(config.logger)
     make_folder("output_dir", output_dir)
     prepared = make_training_data(load_and_describe(config), config, num_devices)
     if prepared.nodes is not None:
         adjacency = prepared.nodes.adjacency
         print(f"graph: {adjacency.nse:,} entries between {adjacency.shape[0]:,} nodes", flush=True)
+        for note in graph_notes(config, prepared.interactions.item_ids):
+            print(f"  {note}", flush=True)
     return prepared
 
 

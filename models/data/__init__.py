@@ -1,5 +1,6 @@
 """Interactions: where they come from, how they are filtered and split, and how they are packed for training."""
 
+from models.data.attributes import item_attributes as item_attributes
 from models.data.attributes import read_attributes as read_attributes
 from models.data.attributes import read_titles as read_titles
 from models.data.filters import drop_duplicates as drop_duplicates
@@ -17,7 +18,10 @@ from models.data.readers import read_sequences as read_sequences
 from models.data.source import load_interactions as load_interactions
 from models.data.source import split_interactions as split_interactions
 from models.data.splits import Split as Split
+from models.data.splits import cold_start as cold_start
 from models.data.splits import global_time as global_time
 from models.data.splits import leave_one_out as leave_one_out
 from models.data.splits import make_split as make_split
 from models.data.synthetic import drifting_interests as drifting_interests
+from models.data.vectors import read_item_vectors as read_item_vectors
+from models.data.vectors import write_item_vectors as write_item_vectors

@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from models.data.ids import item_numbers
 from models.data.rows import Rows, checked_ids
 from models.data.tables import SEQUENCE_TYPES, TABLE_SUFFIXES, Source, Table, open_table, suffix_of
 
@@ -52,6 +53,35 @@ def read_attributes(
     if pairs.is_empty():
         raise ValueError(f"attribute_column: no item of {path} has anything in {attribute_column!r}")
     return pairs["item"].to_numpy(), pairs["value"].to_numpy()
+
+
+def item_attributes(config: Any, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the attributes of a catalogue's items, as a configuration says.
+
+    Args:
+      config: has ``attributes``, ``attribute_item_column`` and ``attribute_column``.
+      item_ids: shape (num_items + 1,), the catalogue's raw ids.
+
+    Returns:
+      ``(items, attributes)``, one entry each for every attribute of every known item: int32 numbers from 1, and text.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if none is given, it is no such table, or no item of it is in the catalogue.
+    """
+    if config.attributes is None:
+        raise ValueError("attributes: the graph of attributes needs --attributes, a .tsv or .csv with one line an item")
+    items, values = read_attributes(
+        config.attributes, item_column=config.attribute_item_column, attribute_column=config.attribute_column
+    )
+    numbers = item_numbers(item_ids, items.tolist())
+    if not numbers.any():
+        raise ValueError(
+            f"attribute_item_column: no item of {config.attributes} is among the items of the data; the first is "
+            f"{items[0]}, those look like {item_ids[1]}"
+        )
+    known = numbers > 0  # filters may have left items out
+    return numbers[known], values[known]
 
 
 def read_titles(

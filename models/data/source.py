@@ -5,7 +5,7 @@ import dataclasses
 from models.config import ReadingConfig, SourceConfig
 from models.data.interactions import Interactions
 from models.data.readers import load
-from models.data.splits import Split, make_split
+from models.data.splits import Split, cold_start, make_split
 
 
 def load_interactions(source: SourceConfig) -> Interactions:
@@ -22,5 +22,6 @@ def load_interactions(source: SourceConfig) -> Interactions:
 
 
 def split_interactions(interactions: Interactions, source: SourceConfig) -> Split:
-    """Splits interactions as a source says, see :func:`models.data.make_split`."""
-    return make_split(interactions, source.split, quantiles=source.split_quantiles, times=source.split_times)
+    """Splits interactions as a source says, see :func:`models.data.make_split` and :func:`models.data.cold_start`."""
+    split = make_split(interactions, source.split, quantiles=source.split_quantiles, times=source.split_times)
+    return cold_start(split, source.cold_items) if source.cold_items else split

@@ -10,6 +10,8 @@ import numpy as np
 from models.config import SplitMethod
 from models.data.interactions import Interactions
 
+# Of the draw of cold items: the same in every run, whatever its seed.
+COLD_SEED = 0
 A_MOMENT = "a number or a date such as 2001-12-31"
 
 
@@ -88,6 +90,43 @@ def leave_one_out(interactions: Interactions) -> Split:
         test_history=interactions.without_last(1),
         test=interactions.items[ends - 1],
     )
+
+
+def cold_start(split: Split, share: float) -> Split:
+    """Takes some items out of a split's training part and histories, and predicts them alone.
+
+    They are drawn by the size of the catalogue and a fixed seed, so that all runs on the same data agree on them.
+
+    Args:
+      split: the split.
+      share: how many of the items, in (0, 1); at least one.
+
+    Returns:
+      The split without those items in training and histories, and without users whose item to predict is another, or
+      whose history is empty then.
+
+    Raises:
+      ValueError: if nothing is left to train on, or none of those items is to be predicted.
+    """
+    num_items = split.train.num_items
+    count = max(1, round(share * num_items))
+    cold = np.zeros(num_items + 1, bool)
+    cold[1 + np.random.default_rng(COLD_SEED).permutation(num_items)[:count]] = True
+    parts = {}
+    for name in ("validation", "test"):
+        history, targets = getattr(split, f"{name}_history"), getattr(split, name)
+        history = history.where(~cold[history.items])
+        kept = cold[targets] & (history.lengths > 0)
+        if not kept.any():
+            raise ValueError(
+                f"cold_items: none of {count:,} cold items is anybody's {name} item; give a larger share than {share:g}"
+            )
+        parts |= {f"{name}_history": history.of_users(kept), name: targets[kept]}
+    train = split.train.where(~cold[split.train.items])
+    if not len(train):
+        raise ValueError(f"cold_items: nothing is left to train on; give a smaller share than {share:g}")
+    protocol = f"{split.protocol}; {count:,} cold items without training interactions, and only they are predicted"
+    return Split(protocol=protocol, train=train.of_users(train.lengths > 0), **parts)
 
 
 def global_time(

@@ -1,6 +1,7 @@
 """Ranking metrics, from the ranks of the one relevant item of each user."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def hit_rate_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
       >>> float(hit_rate_at_k(jnp.array([0, 3, 12, 5]), k=5))
       0.5
     """
-    return jnp.mean(_checked(ranks, k) < k, dtype=jnp.float32)
+    return jnp.mean(_hit(_checked(ranks, k), k, jnp))
 
 
 def ndcg_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
@@ -50,8 +51,7 @@ def ndcg_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
       >>> round(float(ndcg_at_k(jnp.array([0, 1, 12]), k=10)), 4)  # (1 + 1 / log2(3) + 0) / 3
       0.5436
     """
-    ranks = _checked(ranks, k)
-    return jnp.mean(jnp.where(ranks < k, 1 / jnp.log2(ranks + 2.0), 0))
+    return jnp.mean(_gain(_checked(ranks, k), k, jnp))
 
 
 def mrr_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
@@ -75,8 +75,7 @@ def mrr_at_k(ranks: jax.typing.ArrayLike, k: int) -> jax.Array:
       >>> round(float(mrr_at_k(jnp.array([0, 1, 12]), k=10)), 4)  # (1 + 1/2 + 0) / 3
       0.5
     """
-    ranks = _checked(ranks, k)
-    return jnp.mean(jnp.where(ranks < k, 1 / (ranks + 1.0), 0))
+    return jnp.mean(_reciprocal(_checked(ranks, k), k, jnp))
 
 
 def coverage_at_k(top_items: jax.typing.ArrayLike, num_items: int, k: int) -> float:
@@ -119,6 +118,39 @@ def summarize(ranks: jax.typing.ArrayLike, ks: Sequence[int] = (1, 5, 10)) -> di
     if not ks:
         raise ValueError("ks must be one or more lengths of lists, got none")
     return {f"{name}@{k}": float(metric(ranks, k)) for name, metric in METRICS.items() for k in ks}
+
+
+def by_user(ranks: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, np.ndarray]:
+    """What every user contributes to the metrics of :func:`summarize`, which are the means. On the host.
+
+    Args:
+      ranks: shape (users,), 0 for the first place.
+      ks: lengths of the list.
+
+    Returns:
+      Shape (users,), float64, by name.
+
+    Examples:
+      >>> by_user(np.array([0, 1, 12]), ks=[10])["MRR@10"].tolist()
+      [1.0, 0.5, 0.0]
+    """
+    return {f"{name}@{k}": worth(ranks, k, np) for name, worth in _WORTH.items() for k in ks}
+
+
+# What an item at a rank is worth. Array modules differ: those that are compiled are JAX's, of a group of users NumPy's.
+def _hit(ranks: Any, k: int, xp: Any) -> Any:
+    return xp.where(ranks < k, 1.0, 0.0)
+
+
+def _gain(ranks: Any, k: int, xp: Any) -> Any:
+    return xp.where(ranks < k, 1 / xp.log2(ranks + 2.0), 0.0)
+
+
+def _reciprocal(ranks: Any, k: int, xp: Any) -> Any:
+    return xp.where(ranks < k, 1 / (ranks + 1.0), 0.0)
+
+
+_WORTH = {"HR": _hit, "NDCG": _gain, "MRR": _reciprocal}
 
 
 def _checked(by_user: jax.typing.ArrayLike, k: int) -> jax.Array:

@@ -117,17 +117,7 @@ class FullRanking:
         """
         if current_mesh() is not None:
             return self._by_split_chunk(model, context, split_ranks)
-
-        def rank(chunk: jax.Array, scores: jax.Array) -> jax.Array:
-            targets = self.targets[chunk]
-            score = jnp.take_along_axis(scores, targets[:, None], axis=1)
-            # "not smaller" rather than "larger or equal": NaN is neither.
-            ahead = jnp.sum(~(scores[:, 1 : self.num_items + 1] < score), axis=1)
-            user, item, inside = self._seen(chunk)
-            hidden_ahead = inside & (item != targets[user]) & ~(scores[user, item] < score[user, 0])
-            return ahead - 1 - jax.ops.segment_sum(hidden_ahead.astype(jnp.int32), user, self.chunk_size)
-
-        return self._by_chunk(model, context, rank)
+        return self._by_chunk(model, context, self._rank)
 
     def top_items(self, model: Recommender, context: Mapping[str, Any], k: int) -> jax.Array:
         """The best items of every user: shape (users, min(k, num_items)), int32, the best first.
@@ -137,23 +127,44 @@ class FullRanking:
         """
         if current_mesh() is not None:
             return self._by_split_chunk(model, context, partial(split_top_items, k=min(k, self.num_items)))
+        return self._by_chunk(model, context, lambda chunk, scores: self._top(chunk, scores, k))
 
-        def top(chunk: jax.Array, scores: jax.Array) -> jax.Array:
-            user, item, inside = self._seen(chunk)
-            # Pairs of other chunks fall on padding, which is no item either.
-            scores = scores.at[user, jnp.where(inside, item, 0)].set(-jnp.inf)
-            best, found = jax.lax.top_k(scores[:, 1 : self.num_items + 1], min(k, self.num_items))
-            return jnp.where(jnp.isneginf(best), 0, found + 1)
+    def ranks_and_top_items(
+        self, model: Recommender, context: Mapping[str, Any], k: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """:meth:`ranks` and :meth:`top_items`, on one device from the same scores."""
+        if current_mesh() is not None:
+            return self.ranks(model, context), self.top_items(model, context, k)
+        return self._by_chunk(
+            model, context, lambda chunk, scores: (self._rank(chunk, scores), self._top(chunk, scores, k))
+        )
 
-        return self._by_chunk(model, context, top)
+    def _rank(self, chunk: jax.Array, scores: jax.Array) -> jax.Array:
+        targets = self.targets[chunk]
+        score = jnp.take_along_axis(scores, targets[:, None], axis=1)
+        # "not smaller" rather than "larger or equal": NaN is neither.
+        ahead = jnp.sum(~(scores[:, 1 : self.num_items + 1] < score), axis=1)
+        user, item, inside = self._seen(chunk)
+        hidden_ahead = inside & (item != targets[user]) & ~(scores[user, item] < score[user, 0])
+        return ahead - 1 - jax.ops.segment_sum(hidden_ahead.astype(jnp.int32), user, self.chunk_size)
+
+    def _top(self, chunk: jax.Array, scores: jax.Array, k: int) -> jax.Array:
+        user, item, inside = self._seen(chunk)
+        # Pairs of other chunks fall on padding, which is no item either.
+        scores = scores.at[user, jnp.where(inside, item, 0)].set(-jnp.inf)
+        best, found = jax.lax.top_k(scores[:, 1 : self.num_items + 1], min(k, self.num_items))
+        return jnp.where(jnp.isneginf(best), 0, found + 1)
 
     def _by_chunk(
         self,
         model: Recommender,
         context: Mapping[str, Any],
-        function: Callable[[jax.Array, jax.Array], jax.Array],
-    ) -> jax.Array:
-        """Applies ``function(chunk, scores)``, with scores of shape (chunk_size, rows of the item table)."""
+        function: Callable[[jax.Array, jax.Array], Any],
+    ) -> Any:
+        """Applies ``function(chunk, scores)``, with scores of shape (chunk_size, rows of the item table).
+
+        What it returns, an array or several with a row a user, is put together for all users.
+        """
         represented = model.represent(context)
         vectors = self.queries.vectors(model, represented)
         filled = jnp.arange(self.targets.size).reshape(self.targets.shape)
@@ -162,7 +173,7 @@ class FullRanking:
             lambda chunk: function(chunk, model.scores(vectors[users[chunk]], represented)),
             jnp.arange(len(self.targets)),
         )
-        return found.reshape(-1, *found.shape[2:])[: self.num_users]
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: self.num_users], found)
 
     def _by_split_chunk(
         self, model: Recommender, context: Mapping[str, Any], function: Callable[..., jax.Array]
@@ -207,7 +218,7 @@ def make_test(
     @jit
     def find(state: Any, ranking: FullRanking, context: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, prepare(state))
-        return ranking.ranks(model, context), ranking.top_items(model, context, max(ks))
+        return ranking.ranks_and_top_items(model, context, max(ks))
 
     def test(state: Any, ranking: FullRanking, context: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, float]]:
         ranks, top_items = find(state, ranking, context)

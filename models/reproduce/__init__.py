@@ -20,8 +20,8 @@ class Reproduce:
     """Train what is missing of a table or figure, and write the report. May be killed and started again at any time."""
 
     table: str | None = None
-    """3, 4, 5: the paper's tables. cross-entropy, one-line: our own questions. Or a YAML file like these. (Left out: 3,
-    unless a figure is asked for.)"""
+    """3, 4, 5: the paper's tables. distillation: an experiment of it. cross-entropy, cross-entropy-graphs, cold-start,
+    one-line: our own questions. Or a YAML file like these. (Left out: 3, unless a figure is asked for.)"""
     figure: str | None = None
     """3, 4a, 4b, 5a, 5b, 6, 7, 8: the paper's figures."""
     list: bool = False
@@ -31,7 +31,7 @@ class Reproduce:
     data_dir: Path | None = None
     """Folder of beauty.txt, toys.txt, tools.txt and ml-1m.txt (left out: public builds of them, fetched once)."""
     datasets: tuple[str, ...] = ()
-    """Only these: beauty, toys, tools, ml-1m (left out: all)."""
+    """Only these: beauty, toys, tools, ml-1m, ml-1m-cold (left out: all)."""
     models: tuple[str, ...] = ()
     """Only these (left out: all)."""
     arms: tuple[Optimizer, ...] = ()

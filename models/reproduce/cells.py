@@ -11,18 +11,22 @@ from typing import Any, Self
 
 from models.architectures.registry import config_from_dict
 from models.config import SourceConfig, TrainConfig
+from models.evaluation.groups import Groups
 from models.files import check_format, read_json, write_text
 from models.reproduce.tables import METRICS, PLAIN, SMOOTHING, SeedGroup
 from models.training.files import curve
 
 # Of a cell's JSON. Cells that say nothing are of the first format.
-FORMAT = 2
+FORMAT = 3
 # How often the meaning of an arm has changed, counted from 1; and what its cells of an earlier revision did.
 REVISIONS = {"sevo-gradient": 2}
 EARLIER = {"sevo-gradient": "corrected the moments of all tables, not of the smoothed ones alone"}
+# Files, of which only the name counts.
+PORTABLE = ("data", "attributes", "vectors")
 # What a run records and writes besides, and what does not change it.
-ASIDE = ("cache_dir", "diagnostics", "keep_epochs", "ks", "optimizer", "per_user", "tensorboard")
-SOURCE = tuple(field.name for field in dataclasses.fields(SourceConfig))
+ASIDE = ("cache_dir", "diagnostics", "keep_epochs", "ks", "logger", "optimizer", "per_user")
+# Where the data come from. Which items are cold is another matter: it changes what is trained and asked.
+SOURCE = tuple(field.name for field in dataclasses.fields(SourceConfig) if field.name != "cold_items")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Cell:
       versions: of the packages it ran with.
       history: of each epoch, its number, its mean training loss and, where evaluated, metrics of the validation items.
       inference_seconds: median seconds in which all validation users' lists were ranked, likewise; None: not known.
+      epoch_steps: steps an epoch; None: not known.
+      groups: metrics of the test items by groups of users, see :func:`~models.evaluation.groups.summarize_groups`;
+        empty: not known.
       revision: of what the arm's name means, see ``REVISIONS``.
       format: of the file. A later one may have more fields; those of an earlier one have values that mean the same.
     """
@@ -70,6 +77,8 @@ class Cell:
     versions: dict[str, str]
     history: list[dict[str, Any]]
     inference_seconds: float | None = None
+    epoch_steps: int | None = None
+    groups: Groups = dataclasses.field(default_factory=dict)
     revision: int = 1
     format: int = 1
 
@@ -125,6 +134,14 @@ class Cell:
             versions=versions,
             history=records,
             inference_seconds=round(statistics.median(passes) / seeds_together, 4) if passes else None,
+            epoch_steps=result.get("epoch_steps"),
+            groups={
+                grouping: {
+                    name: _rounded({x: found[x] for x in ("users", *METRICS) if x in found})
+                    for name, found in groups.items()
+                }
+                for grouping, groups in (result.get("groups") or {}).items()
+            },
             revision=REVISIONS.get(group.arm, 1),
             format=FORMAT,
         )
@@ -217,7 +234,7 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     """A configuration as it is kept in a cell: plain JSON, without paths of this machine."""
     values = config.to_dict()
     del values["cache_dir"]
-    for name in ("data", "attributes"):
+    for name in PORTABLE:
         if values.get(name) is not None:
             values[name] = Path(values[name]).name
     return values

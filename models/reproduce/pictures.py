@@ -20,6 +20,11 @@ def draw_curves(row: RowCells, path: Path) -> None:
     """Draws validation NDCG@10 and training loss of a row over epochs."""
     counts: dict[str, int] = {}
     runs = []
+    compared = row.times_to_quality()
+    goals = {reached.level for summary, reached in compared if summary.group.arm == "adamw"}
+    # Where settings vary that plain AdamW heeds too, there is no one level to draw.
+    arrivals = {summary.group.label: plots.Arrival(*reached.arrival) for summary, reached in compared}
+    goal = plots.Goal("best of adamw", goals.pop()) if len(goals) == 1 else None
     for summary in row.summaries:
         arm = summary.group.arm
         counts[arm] = counts.get(arm, -1) + 1
@@ -30,10 +35,11 @@ def draw_curves(row: RowCells, path: Path) -> None:
                 counts[arm],
                 [[record["loss"] for record in cell.history] for cell in summary.cells],
                 [cell.curve for cell in summary.cells],
+                None if goal is None else arrivals.get(summary.group.label),
             )
         )
     published = {x.arm: x.losses for x in row.row.published if x.arm is not None and x.losses}
-    plots.training_curves(runs, path, title=row.row.title, published=published)
+    plots.training_curves(runs, path, title=row.row.title, published=published, goal=goal)
 
 
 def draw_table(found: TableCells, results_dir: Path) -> list[Path]:

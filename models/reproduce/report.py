@@ -16,6 +16,7 @@ from models.reproduce.pictures import draw_curves, draw_table, smoothness_lines
 from models.reproduce.status import duration, seconds_of
 from models.reproduce.summaries import RowCells, TableCells, average_gains
 from models.reproduce.tables import METRICS, PLAIN, Measured, Published, Table
+from models.training.time_to_quality import MEASURES
 
 NONE = "–"
 # The kinds of pictures below which every row has its own figures.
@@ -40,6 +41,9 @@ what, and roughly how long it takes). What is written by hand stands in the note
   AdamW with the very settings that SEvo has: what smoothing alone does. Published gains are over the paper's plain row;
 * difference: our mean less the published one. Its standard error (s.e.) combines that of our mean and, where its runs
   are known, that of the published mean; for a single run of ours the published runs' deviation stands in;
+* trained until adamw's best: until validation NDCG@10, as often as it is evaluated, is first as high as that of plain
+  AdamW with the same seed at its best epoch; mean ± deviation over the seeds that get there (triangles in pictures).
+  Seconds are of training alone: epochs times seconds an epoch. Steps are given where the cells have them;
 * † fewer epochs than the published settings have: no final result;
 * seconds and minutes are those of one seed; trained with {versions} on {devices}.
 """
@@ -295,6 +299,9 @@ def row_text(row: RowCells, picture: Path | None) -> str:
     if picture is not None:
         parts.append(f"![Validation NDCG@10 and training loss]({picture.name})")
     parts.append(markdown(header, details(row), left=1))
+    reached = times_to_quality(row)
+    if reached:
+        parts.append(markdown(reached[0], reached[1:], left=1))
     curves = [] if row.row.closed_form else learning(row)
     if curves:
         parts.append(markdown(curves[0], curves[1:], left=1))
@@ -330,6 +337,18 @@ def details(row: RowCells) -> list[list[str]]:
             lines.append(_published_line(ours))
     trained = {summary.group.arm for summary in row.summaries}
     return lines + [_published_line(x) for x in published if x.metrics and x.arm not in trained]
+
+
+def times_to_quality(row: RowCells) -> list[list[str]]:
+    """When each arm is as good as plain AdamW gets at best, a header line first; empty: there is nothing to compare."""
+    found = row.times_to_quality()
+    measures = [x for x in MEASURES if any(getattr(reached, x) is not None for _, reached in found)]
+    header = [f"trained until adamw's best validation {SELECTION}", "seeds that reach it", *measures]
+    lines = []
+    for summary, reached in found:
+        seeds = f"{reached.reached} of {len(reached.seeds)}"
+        lines.append([summary.label, seeds, *(reached.text(measure, NONE) for measure in measures)])
+    return [header, *lines] if lines else []
 
 
 def losses(row: RowCells) -> list[list[str]]:

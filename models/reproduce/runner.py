@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from models.config import Optimizer, TrainConfig
 from models.files import claim, read_json
 from models.memory import out_of_memory_told
-from models.reproduce.cells import REVISIONS, Cell, Cells, cell_path, defaults_of, identity_of, portable
+from models.reproduce.cells import PORTABLE, REVISIONS, Cell, Cells, cell_path, defaults_of, identity_of, portable
 from models.reproduce.maps import umap_class
 from models.reproduce.tables import PLAIN, Dataset, SeedGroup, Table
 from models.training.files import read_history
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from models.training.training_data import TrainingData
 
 BYTES_A_WORKER = 2 * 2**30
+# Seconds between two looks at whether another process has trained a teacher.
+WAIT = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Job:
       config: the run's configuration.
       path: where the cell will be kept.
       folder: where the run keeps its checkpoints.
+      teacher: the run whose item vectors are to be in ``config.vectors``; None: there is none.
     """
 
     experiment: str
@@ -45,6 +49,7 @@ class Job:
     config: TrainConfig
     path: Path
     folder: Path
+    teacher: "Job | None" = None
 
     @property
     def done(self) -> bool:
@@ -118,13 +123,15 @@ def plan(
             for group in row.groups:
                 if arms and group.arm not in arms:
                     continue
-                path = cell_path(results_dir, table.name, group, seed)
-                config = group.config(**fields, **_attributes(group, dataset, data_dir), seed=seed)
-                if not path.exists():
-                    path = cells.begun(group, config) or path  # of another table, whose run goes on
-                experiment = path.parent.name
-                folder = find_folder(work_dir / experiment, path.stem, group.arm, config)
-                job = Job(experiment, group, config, path, folder)
+                teacher, vectors = table.teacher(group), {}
+                if teacher is not None:
+                    config = teacher.config(**fields, **_attributes(teacher, dataset, data_dir), seed=seed)
+                    teacher = _job(table, teacher, config, cells, results_dir, work_dir)
+                    # Whatever differs in the teacher gives the file another name, which the student's cell keeps.
+                    name = f"{teacher.group.name}-seed{seed}-{_digest(config)}-{config.epochs}-epochs.npz"
+                    vectors = {"vectors": work_dir / table.name / name}
+                config = group.config(**fields, **_attributes(group, dataset, data_dir), **vectors, seed=seed)
+                job = _job(table, group, config, cells, results_dir, work_dir, teacher)
                 if job.done or cells.shared(group, config) is not None:
                     done += 1
                     continue
@@ -142,6 +149,23 @@ def plan(
                     planned.add(run)
                     jobs.append(job)
     return jobs, done
+
+
+def _job(
+    table: Table,
+    group: SeedGroup,
+    config: TrainConfig,
+    cells: Cells,
+    results_dir: Path,
+    work_dir: Path,
+    teacher: Job | None = None,
+) -> Job:
+    path = cell_path(results_dir, table.name, group, config.seed)
+    if not path.exists():
+        path = cells.begun(group, config) or path  # of another table, whose run goes on
+    experiment = path.parent.name
+    folder = find_folder(work_dir / experiment, path.stem, group.arm, config)
+    return Job(experiment, group, config, path, folder, teacher)
 
 
 def _attributes(group: SeedGroup, dataset: Dataset, data_dir: Path | None) -> dict[str, Path]:
@@ -174,9 +198,10 @@ def train(jobs: Sequence[Job]) -> None:
 
     together = [[job] for job in jobs]
     if seeds_at_once(len(jobs)) > 1:
-        by_group: dict[str, list[Job]] = {}
+        by_group: dict[tuple[str, Path | None], list[Job]] = {}
         for job in jobs:
-            by_group.setdefault(job.group.name, []).append(job)
+            # Students of several teachers have several graphs, and no program in common.
+            by_group.setdefault((job.group.name, getattr(job.config, "vectors", None)), []).append(job)
         together = list(by_group.values())
     data = _Data()
     failed = []
@@ -187,6 +212,12 @@ def train(jobs: Sequence[Job]) -> None:
             if not claimed:
                 continue
             config, group = claimed[0].config, claimed[0].group
+            try:
+                _teach(claimed[0], data)
+            except ValueError as error:
+                failed.append(group.name)
+                print(f"{group.name}: its teacher: {error}", file=sys.stderr, flush=True)
+                continue
             prepared = data.prepared(config)
             seeds, folders = [job.config.seed for job in claimed], [job.folder for job in claimed]
             print(f"{claimed[0].experiment}: {group.name}, seed {', '.join(map(str, seeds))}", flush=True)
@@ -201,6 +232,41 @@ def train(jobs: Sequence[Job]) -> None:
                     _write_cell(job, result, prepared)
     if failed:
         raise ValueError(f"{', '.join(failed)} failed, see above; the other cells are there")
+
+
+def _teach(job: Job, data: "_Data") -> None:
+    """Has a job's teacher trained and its item vectors written, unless they are there.
+
+    Where another process trains the teacher, this waits for it.
+
+    Raises:
+      ValueError: if the teacher diverges, or its files are damaged.
+    """
+    from models.training import loop
+
+    teacher = job.teacher
+    while teacher is not None and not job.config.vectors.exists():
+        with _claim(teacher.folder) as mine:
+            if mine and not job.config.vectors.exists():
+                print(f"{teacher.experiment}: {teacher.group.name}, seed {teacher.config.seed}, a teacher", flush=True)
+                prepared = data.prepared(teacher.config)
+                folders, seeds = [teacher.folder], [teacher.config.seed]
+                # A finished run is only read.
+                (result,) = loop.train_seeds(prepared, teacher.config, teacher.group.arm, seeds, folders, resume=True)
+                if not teacher.done:
+                    _write_cell(teacher, result, prepared)
+                _write_vectors(teacher.folder, job.config.vectors)
+        if not mine:
+            time.sleep(WAIT)
+
+
+def _write_vectors(folder: Path, path: Path) -> None:
+    """Writes the item vectors of a finished run."""
+    from models.serving.export import write_embeddings
+    from models.training.checkpoints import load_run
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_embeddings(load_run(folder, "best"), path)
 
 
 class _Data:
@@ -344,7 +410,7 @@ def _is_run_of(folder: Path, arm: Optimizer, config: TrainConfig) -> bool:
         values = read_json(folder / "run.json")
         # What is newer than the run had its default. What the run has and this version has not does nothing any more.
         found = defaults_of(config) | values["config"] | {"optimizer": values.get("optimizer")}
-        for name in ("data", "attributes"):
+        for name in PORTABLE:
             found[name] = found.get(name) and Path(found[name]).name
     except (OSError, ValueError, KeyError, TypeError):
         return False  # no run, or one that nobody can go on with

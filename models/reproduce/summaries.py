@@ -11,6 +11,7 @@ from models.config import SELECTION, Optimizer
 from models.reproduce.cells import Cell, Cells
 from models.reproduce.tables import BASELINES, METRICS, Measured, Published, Row, SeedGroup, Table
 from models.training.compare import Gain, gain
+from models.training.time_to_quality import Course, TimeToQuality, time_to_quality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,11 @@ class Summary:
         """Mean seconds of ranking all validation users' lists; None: not known."""
         known = [cell.inference_seconds for cell in self.cells if cell.inference_seconds is not None]
         return statistics.fmean(known) if known else None
+
+    @property
+    def courses(self) -> dict[int, Course]:
+        """How the runs went, by seed."""
+        return {cell.seed: Course(cell.curve, cell.epoch_seconds, cell.epoch_steps) for cell in self.cells}
 
     def energy(self, measured: Measured, epoch: int = -1) -> float | None:
         """Mean Dirichlet energy of the first smoothed table, or of its update, after an epoch; None: not recorded.
@@ -149,6 +155,24 @@ class RowCells:
             return None
         wanted = summary.group.baseline(arm)
         return next((x for x in self.summaries if x.group == wanted), None)
+
+    def plain_adamw(self, summary: Summary) -> Summary | None:
+        """The group of plain AdamW that a group is as good as or not, be it the group itself; None: not trained."""
+        wanted = summary.group.baseline("adamw")
+        return next((x for x in self.summaries if x.group == wanted), None)
+
+    def times_to_quality(self) -> list[tuple[Summary, TimeToQuality]]:
+        """When the runs of each group are as good as plain AdamW of the same seed gets at best.
+
+        Nothing, if there is no group that plain AdamW could be compared with.
+        """
+        found = []
+        for summary in self.summaries:
+            base = self.plain_adamw(summary)
+            reached = None if base is None else time_to_quality(summary.courses, base.courses)
+            if reached is not None:
+                found.append((summary, reached))
+        return found if any(summary.group.arm != "adamw" for summary, _ in found) else []
 
     def chosen(self, summary: Summary) -> bool:
         """Whether a group is the best of several of its arm, on the validation items, in the epochs that all have."""

@@ -48,6 +48,11 @@ SMOOTHING = (
     "graph_keep",
     "graph_weighting",
     "max_hops",
+    "max_neighbors",
+    "vectors",
+    "knn_neighbors",
+    "knn_metric",
+    "knn_method",
     "attributes",
     "attribute_item_column",
     "attribute_column",
@@ -59,6 +64,7 @@ DECIDED = {
     "seed": "every row is trained with seeds 0, 1, …",
     "data": "the dataset says where they are",
     "attributes": "the dataset says where they are",
+    "vectors": "the row's teacher has them",
 }
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -99,6 +105,8 @@ class RowFile(TypedDict):
     settings: NotRequired[dict[str, Any]]
     vary: NotRequired[dict[str, Annotated[list[Any], Field(min_length=1)]]]
     published: NotRequired[list[PublishedFile]]
+    teacher: NotRequired[str]
+    seeds: NotRequired[AtLeastOne]
 
 
 @with_config(STRICT)
@@ -241,6 +249,8 @@ class Row:
       vary: values to try, by field.
       published: what to compare with.
       given_name: what the table calls it; None: see :attr:`name`.
+      teacher: the name of the row whose trained item vectors make its graph of nearest neighbours; None: it has none.
+      seeds: no more are trained than these; None: as many as the table's.
     """
 
     title: str
@@ -251,6 +261,8 @@ class Row:
     vary: dict[str, list[Any]]
     published: tuple[Published, ...]
     given_name: str | None = None
+    teacher: str | None = None
+    seeds: int | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -380,7 +392,13 @@ class Table:
 
     def num_seeds(self, row: Row, asked: int) -> int:
         """How many seeds a row is trained with, where some are asked for."""
-        return 1 if row.closed_form else min(asked, self.seeds or asked)
+        return 1 if row.closed_form else min(asked, self.seeds or asked, row.seeds or asked)
+
+    def teacher(self, group: SeedGroup) -> SeedGroup | None:
+        """The group whose item vectors make the graph of another; None: it has no such graph."""
+        if group.row.teacher is None or group.arm in PLAIN:
+            return None
+        return next(row for row in self.rows if row.name == group.row.teacher).groups[0]
 
 
 def table_names() -> list[str]:
@@ -443,6 +461,7 @@ def load_table(name_or_path: str | PathLike[str]) -> Table:
                 f"{path}: two rows are called {row.name}; a dataset, model and loss may stand there once, unless the "
                 "rows have names"
             )
+        _check_teacher(row, rows, str(path))
     picture = _picture(values.get("picture", {"kind": "curves"}), rows, str(path))
     return Table(
         name=path.stem,
@@ -510,6 +529,8 @@ def _row(
             _published(x, f"{where}: published {i}", label) for i, x in enumerate(values.get("published", []), start=1)
         ),
         given_name=values.get("name"),
+        teacher=values.get("teacher"),
+        seeds=values.get("seeds"),
     )
     _check_published(row, where)
     for group in row.groups:
@@ -518,6 +539,28 @@ def _row(
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     return row
+
+
+def _check_teacher(row: Row, rows: Sequence[Row], where: str) -> None:
+    """Checks that a row with a graph of nearest neighbours has a teacher on the same data, which itself has none."""
+    wants = [group for group in row.groups if group.arm not in PLAIN and "knn" in getattr(group.config(), "graph", ())]
+    if row.teacher is None:
+        if wants:
+            raise ValueError(
+                f"{where}: {row.title}: teacher is missing; graph knn is made of another row's item vectors"
+            )
+        return
+    known = [
+        other for other in rows if other.teacher is None and not other.closed_form and other.dataset == row.dataset
+    ]
+    if row.teacher not in [other.name for other in known]:
+        names = ", ".join(other.name for other in known) or "none"
+        raise ValueError(
+            f"{where}: {row.title}: teacher must be one of {names} (the rows on {row.dataset} without a teacher), got "
+            f"{row.teacher!r}"
+        )
+    if not wants:
+        raise ValueError(f"{where}: {row.title}: teacher is not heeded without graph knn, got {row.teacher!r}")
 
 
 def _settings(values: Mapping[str, Any], where: str, model: str) -> dict[str, Any]:

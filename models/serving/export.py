@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from models.data import ids_to_arrays, ids_usage
+from models.data import ids_to_arrays, ids_usage, write_item_vectors
 from models.evaluation.queries import history_scores, user_scores
 from models.training.checkpoints import LoadedRun
 from models.training.files import write_bytes
@@ -68,6 +68,30 @@ def write_export(run: LoadedRun, path: Path) -> Path:
     write_bytes(items, lambda file: np.savez_compressed(file, **ids))
     write_bytes(path, lambda file: file.write(data))
     return items
+
+
+def write_embeddings(run: LoadedRun, path: Path) -> np.ndarray:
+    """Writes the vectors that a model scores items by, and the items' raw ids.
+
+    Args:
+      run: the trained model.
+      path: an .npz to write: ``item_ids``, shape (num_items,), and ``vectors``, shape (num_items, dim), float32,
+        without biases, as :func:`models.data.read_item_vectors` takes it.
+
+    Returns:
+      The vectors.
+
+    Raises:
+      OSError: if it cannot be written.
+      ValueError: if the model has no vectors of items.
+    """
+    model = run.model
+    if not model.node_sets:
+        raise ValueError(f"embeddings: {run.info.config.model} has no vectors of items")
+    table, _ = model.items(model.represent(run.context))
+    vectors = np.asarray(table, np.float32)[1 : run.info.num_items + 1]
+    write_item_vectors(path, run.item_ids[1:], vectors)
+    return vectors
 
 
 def usage(run: LoadedRun, path: Path, items: Path) -> str:

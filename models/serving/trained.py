@@ -16,6 +16,7 @@ from models.checks import shortened
 from models.compilation import jit
 from models.config import TrainConfig
 from models.data import Interactions, Split, item_lookup, item_numbers
+from models.evaluation.groups import Groups, summarize_groups
 from models.evaluation.queries import behind_history, history_scores, user_scores
 from models.evaluation.ranking import FullRanking, make_test
 from models.training.beside import KnownUsers
@@ -329,6 +330,7 @@ class Evaluation:
 
     Attributes:
       metrics: by name, as a training run gives them.
+      groups: of groups of users, likewise.
       protocol: how they came about.
       users: shape (users,), raw ids.
       items: shape (users,), raw ids of the items to find.
@@ -336,6 +338,7 @@ class Evaluation:
     """
 
     metrics: dict[str, float]
+    groups: Groups
     protocol: str
     users: np.ndarray
     items: np.ndarray
@@ -363,6 +366,7 @@ def evaluate(run: LoadedRun, split: Split, *, ks: Sequence[int], exclude_seen: b
     ranks, found = make_test(graphdef, tuple(ks))(state, ranking, run.context)
     return Evaluation(
         metrics=found,
+        groups=summarize_groups(ranks, split, ks),
         protocol=f"{split.protocol}, {ranking.protocol}",
         users=split.test_history.user_ids,
         items=run.item_ids[split.test],

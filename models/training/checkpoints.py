@@ -31,6 +31,7 @@ from models.architectures.registry import config_from_dict, make_model, model_cl
 from models.config import Optimizer, SplitMethod, TrainConfig
 from models.data import Interactions, ids_from_arrays, ids_to_arrays
 from models.files import check_format, read_json, write_bytes, write_json
+from models.graphs import files_digest, graph_files
 from models.processes import ProcessEndedError, is_first, on_first
 from models.training import beside
 from models.training.quiet import quiet_orbax
@@ -47,11 +48,11 @@ SPLIT_FORMAT = 3
 PARTS = ("state/_METADATA", "state/manifest.ocdbt", "note/metadata")
 Which = Literal["best", "last"]
 
-# Options that every model had in earlier versions, and that did nothing for most.
-ELSEWHERE = ("attend_padding", "mask_probability", "mask_last_probability", "tie_output")
+# Options that every model had in earlier versions, and that did nothing for most; and one that is a logger now.
+ELSEWHERE = ("attend_padding", "mask_probability", "mask_last_probability", "tie_output", "tensorboard")
 
 # A run may go on although these differ: they do not change what an epoch does.
-MAY_DIFFER = ("data", "cache_dir", "epochs", "patience", "tensorboard", "per_user")
+MAY_DIFFER = ("data", "cache_dir", "epochs", "patience", "logger", "per_user")
 
 
 class CheckpointError(ValueError):
@@ -95,6 +96,7 @@ class RunInfo:
       items: a digest of the items' ids: another run's ``items.npz`` has another one. Empty: not known.
       run: a digest of all that decides what the run's parameters become, noted in its checkpoints. Empty: not known.
       num_users: users that were trained on; 0: not known, in runs of earlier versions.
+      graph: a digest of the files that the graph was made of. Empty: there were none, or it is not known.
       format: of the file.
     """
 
@@ -105,6 +107,7 @@ class RunInfo:
     items: str = ""
     run: str = ""
     num_users: int = 0
+    graph: str = ""
     format: int = FORMAT
 
     @classmethod
@@ -120,9 +123,12 @@ class RunInfo:
         data = fingerprint(interactions, config.split)
         # Only what differs from the model's defaults: an option that is new changes no digest.
         settings = {name: value for name, value in config.differing().items() if name not in MAY_DIFFER}
-        run = _short_digest(json.dumps([optimizer, settings, data], sort_keys=True).encode())
+        graph = files_digest(config)
+        # Runs of earlier versions, which knew no vectors, keep the digest that their checkpoints have.
+        identity = [optimizer, settings, data] + ([graph] if "knn" in config.graph else [])
+        run = _short_digest(json.dumps(identity, sort_keys=True).encode())
         items = _short_digest(_joined(interactions.item_ids))
-        return cls(optimizer, config, interactions.num_items, data, items, run, num_users)
+        return cls(optimizer, config, interactions.num_items, data, items, run, num_users, graph)
 
     def write(self, directory: Path, item_ids: np.ndarray) -> None:
         """Writes ``run.json`` and ``items.npz``."""
@@ -181,6 +187,12 @@ class RunInfo:
         if other.data != self.data:
             raise CheckpointError(
                 f"{directory} was trained on other data; resume with the same, or train anew elsewhere"
+            )
+        if self.graph and other.graph and self.graph != other.graph:
+            files = " or ".join(map(str, graph_files(self.config)))
+            raise CheckpointError(
+                f"{directory} was trained when {files} held something else; "
+                "resume with the same, or train anew elsewhere"
             )
 
     def continuing(self, found: "RunInfo", interactions: Interactions, directory: Path) -> "RunInfo":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from models.files import write_json
 from models.training.files import curve, read_history
 from models.training.loop import DivergedError, train_seeds
 from models.training.run import Result
+from models.training.time_to_quality import MEASURES, Course, TimeToQuality, time_to_quality
 from models.training.training_data import TrainingData
 
 
@@ -46,7 +47,8 @@ def gain(values: Sequence[float], base: Sequence[float]) -> Gain:
 
     mean = statistics.fmean(base)
     relative = statistics.fmean(values) / mean - 1 if mean else None
-    differences = {value - other for value, other in zip(values, base, strict=True)}
+    # Rounded: figures are float32, and the same share of users gives differences that differ in the last bits.
+    differences = {round(value - other, 8) for value, other in zip(values, base, strict=True)}
     if len(differences) < 2:
         return Gain(relative, None)
     return Gain(relative, float(stats.ttest_rel(values, base).pvalue))
@@ -137,7 +139,7 @@ def _check_folder(output_dir: Path, names: Sequence[str]) -> None:
 
     if any((output_dir / name / "run.json").exists() for name in names):
         return
-    for name in ("compare.json", "compare.png"):
+    for name in ("compare.json", "compare.png", "report.html"):
         if (output_dir / name).exists():
             raise CheckpointError(
                 f"{output_dir} holds {name}, but none of the runs {', '.join(names[:3])} …; give another --output-dir"
@@ -146,23 +148,73 @@ def _check_folder(output_dir: Path, names: Sequence[str]) -> None:
 
 def _write(results: dict[str, list[Result]], config: TrainConfig, output_dir: Path) -> None:
     """Draws the curves and writes the numbers."""
-    curves = {}
-    for optimizer, runs in results.items():
-        if not runs:
-            continue
-        folders = [output_dir / f"{optimizer}-{run.config['seed']}" for run in runs]
-        curves[optimizer] = [curve(read_history(folder / "history.jsonl")) for folder in folders]
+    courses = read_courses(results, output_dir)
+    reached = times_to_quality(courses)
+    curves = {optimizer: [run.curve for run in runs.values()] for optimizer, runs in courses.items() if runs}
     from models import plots  # matplotlib is slow to import and not needed to train
 
     source = "embedded data" if config.data is None else config.data.stem
-    plots.validation_curves(curves, output_dir / "compare.png", title=f"{config.model} on {source}")
-    write_json(output_dir / "compare.json", summary(results))
+    base = next(iter(courses))
+    plots.validation_curves(
+        curves,
+        output_dir / "compare.png",
+        title=f"{config.model} on {source}",
+        goal=plots.Goal(f"best of {base}", reached[base].level) if reached else None,
+        arrivals={optimizer: plots.Arrival(*found.arrival) for optimizer, found in reached.items()},
+    )
+    write_json(output_dir / "compare.json", summary(results, reached))
 
 
-def summary(results: dict[str, list[Result]]) -> dict[str, Any]:
-    """A comparison as plain JSON: the protocol, and by optimizer the runs and each metric's statistics."""
+def read_courses(results: Mapping[str, Sequence[Result]], output_dir: Path) -> dict[str, dict[int, Course]]:
+    """How the runs of a comparison went, by optimizer and seed, from their folders.
+
+    Args:
+      results: of :func:`compare`.
+      output_dir: where it was told to write.
+    """
+    courses: dict[str, dict[int, Course]] = {}
+    for optimizer, runs in results.items():
+        courses[optimizer] = {}
+        for run in runs:
+            seed = run.config["seed"]
+            history = read_history(output_dir / f"{optimizer}-{seed}" / "history.jsonl")
+            courses[optimizer][seed] = Course(curve(history), run.epoch_seconds / run.seeds_together, run.epoch_steps)
+    return courses
+
+
+def times_to_quality(courses: Mapping[str, Mapping[int, Course]]) -> dict[str, TimeToQuality]:
+    """When each optimizer first reaches the best validation results of the first, as far as there are seeds in common.
+
+    Args:
+      courses: by optimizer, plain AdamW first.
+
+    Returns:
+      By optimizer; nothing, if there is nothing that the first is compared with.
+    """
+    base = next(iter(courses))
+    found = {optimizer: time_to_quality(runs, courses[base]) for optimizer, runs in courses.items()}
+    reached = {optimizer: one for optimizer, one in found.items() if one is not None}
+    return reached if len(reached) > 1 else {}
+
+
+def summary(results: dict[str, list[Result]], reached: Mapping[str, TimeToQuality]) -> dict[str, Any]:
+    """A comparison as plain JSON.
+
+    Args:
+      results: by optimizer.
+      reached: of :func:`times_to_quality`.
+
+    Returns:
+      The protocol; by optimizer the runs and each metric's statistics; and by optimizer when each seed reaches the
+      first one's best validation result, with mean and standard deviation.
+    """
     base, first = next(iter(results)), next(run for runs in results.values() for run in runs)
-    report: dict[str, Any] = {"protocol": first.protocol, "optimizers": {}}
+    report: dict[str, Any] = {"protocol": first.protocol, "optimizers": {}, "time_to_quality": {}}
+    for optimizer, found in reached.items():
+        report["time_to_quality"][optimizer] = dataclasses.asdict(found) | {
+            "mean": {measure: found.mean(measure) for measure in MEASURES},
+            "sd": {measure: found.deviation(measure) for measure in MEASURES},
+        }
     for optimizer, runs in results.items():
         metrics = {}
         for name in first.test if runs else ():
@@ -172,13 +224,19 @@ def summary(results: dict[str, list[Result]]) -> dict[str, Any]:
                 "sd": statistics.stdev(values) if len(values) > 1 else None,
             }
             if optimizer != base:
-                metrics[name] |= dataclasses.asdict(_paired_gain(runs, results[base], name))
+                metrics[name] |= dataclasses.asdict(paired_gain(runs, results[base], name))
         report["optimizers"][optimizer] = {"test": metrics, "runs": [dataclasses.asdict(run) for run in runs]}
     return report
 
 
-def _paired_gain(runs: Sequence[Result], base: Sequence[Result], metric: str) -> Gain:
-    """Compares two arms over the seeds that both have: one of them may have diverged with some."""
+def paired_gain(runs: Sequence[Result], base: Sequence[Result], metric: str) -> Gain:
+    """Compares two arms over the seeds that both have: one of them may have diverged with some.
+
+    Args:
+      runs: of one arm, a seed each.
+      base: of plain AdamW.
+      metric: which test metric.
+    """
     by_seed = {run.config["seed"]: run.test[metric] for run in base}
     pairs = [(run.test[metric], by_seed[run.config["seed"]]) for run in runs if run.config["seed"] in by_seed]
     return gain(*zip(*pairs, strict=True)) if pairs else Gain(None, None)
@@ -198,7 +256,7 @@ def table(results: dict[str, list[Result]]) -> str:
         if not runs:
             lines.append([optimizer, "diverged", *[""] * (len(lines[0]) - 2)])
             continue
-        found = None if optimizer == base else _paired_gain(runs, results[base], SELECTION)
+        found = None if optimizer == base else paired_gain(runs, results[base], SELECTION)
         line = [optimizer]
         for name in names:
             values = [run.test[name] for run in runs]
@@ -209,5 +267,19 @@ def table(results: dict[str, list[Result]]) -> str:
             line.append("" if found is None or found.p_value is None else f"{found.p_value:.2g}")
         line.append(", ".join(str(run.best_epoch) for run in runs))
         lines.append([*line, f"{statistics.median(run.epoch_seconds for run in runs):.2f}"])
+    sides = ["left"] + ["right"] * (len(lines[0]) - 1)
+    return tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=sides)
+
+
+def time_table(reached: Mapping[str, TimeToQuality]) -> str:
+    """When each optimizer is as good as the first gets at best, one a line, with how many of the seeds get there.
+
+    Args:
+      reached: of :func:`times_to_quality`.
+    """
+    lines = [["optimizer", "seeds", *MEASURES]]
+    for optimizer, found in reached.items():
+        seeds = f"{found.reached} of {len(found.seeds)}"
+        lines.append([optimizer, seeds, *(found.text(measure) for measure in MEASURES)])
     sides = ["left"] + ["right"] * (len(lines[0]) - 1)
     return tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=sides)

@@ -12,6 +12,8 @@ __all__ = ["curve", "make_folder", "read_history", "refuse_run_file", "write_byt
 
 # Where a run keeps the item tables that it was asked for.
 EMBEDDINGS = "embeddings"
+# What TensorBoard reads, what Weights & Biases keeps for itself, and what the loggers call the run.
+TENSORBOARD, WANDB, LOGGERS = "tensorboard", "wandb", "loggers.json"
 # All that a run writes. The first says what it is, the second what its items are called.
 RUN_FILES = (
     "run.json",
@@ -22,8 +24,9 @@ RUN_FILES = (
     "per_user.csv",
     "context.npz",
     "users.npz",
+    LOGGERS,
 )
-RUN_FOLDERS = ("checkpoints", "tensorboard", EMBEDDINGS)
+RUN_FOLDERS = ("checkpoints", TENSORBOARD, WANDB, EMBEDDINGS)
 
 
 def refuse_run_file(option: str, path: Path | None, directory: Path) -> None:

@@ -14,6 +14,10 @@ from tqdm import tqdm
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StoppedError(Exception):
+    """Whoever watches a run has had enough of it; its newest checkpoint is that of the epoch that was watched."""
+
+
 @contextlib.contextmanager
 def stop_gently() -> Iterator[threading.Event]:
     """Turns the first Ctrl-C (or SIGTERM) into an event: to stop when the epoch is over.

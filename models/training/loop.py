@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ import numpy as np
 from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
 from models.evaluation import metrics
 from models.processes import any_of_all
-from models.training.interrupts import stop_gently
+from models.training.interrupts import StoppedError, stop_gently
 from models.training.layout import Layout
+from models.training.loggers import check_installed
 from models.training.program import Program
 from models.training.progress import Progress
 from models.training.run import Result, Run
 from models.training.split_program import SplitProgram
 from models.training.training_data import TrainingData
+
+# Told of each evaluation; returns whether to go on.
+Watch = Callable[[int, float], bool]
 
 
 class DivergedError(ValueError):
@@ -46,6 +50,8 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    test: bool = True,
+    watch: Watch | None = None,
     layout: Layout | None = None,
 ) -> Result:
     """Trains one model and tests it at its best epoch.
@@ -59,19 +65,24 @@ def train(
       resume: whether to go on from the newest checkpoint in ``output_dir``, if there is one. The result is the one of
         an uninterrupted run, bit by bit, on the same machine. A finished run is not trained again.
       overwrite: whether to remove a run that ``output_dir`` already holds.
+      test: False: the test items are not looked at, and no result is written. A later call that resumes such a run with
+        True tests it, without training it again.
+      watch: called as ``watch(epoch, NDCG@10)`` after each evaluation, when the epoch is saved; it returns whether to
+        go on. None: nobody watches.
       layout: the mesh of devices, and how tables are split over it; None: one device. A run may go on with another one.
 
     Returns:
       The result.
 
     Raises:
+      StoppedError: if ``watch`` has stopped the run.
       DivergedError: if the loss of a step or a parameter is not finite. The last good checkpoint stays.
       CheckpointError: if ``output_dir`` holds another run, something else, or a run that another process trains, or a
         checkpoint cannot be read or written.
       KeyboardInterrupt: after Ctrl-C, when the epoch is over and saved.
     """
-    run = _make_run(prepared, config, optimizer, output_dir)
-    return _train_runs([run], resume=resume, overwrite=overwrite, layout=layout)[0]
+    run = Run(prepared, dataclasses.replace(config, optimizer=optimizer), optimizer, output_dir, tests=test)
+    return _train([run], resume=resume, overwrite=overwrite, watch=watch, layout=layout)[0]
 
 
 def train_seeds(
@@ -106,24 +117,28 @@ def train_seeds(
       CheckpointError: as for :func:`train`.
     """
     runs = [
-        _make_run(prepared, dataclasses.replace(config, seed=seed), optimizer, directory)
+        Run(prepared, dataclasses.replace(config, seed=seed, optimizer=optimizer), optimizer, directory)
         for seed, directory in zip(seeds, output_dirs, strict=True)
     ]
-    return _train_runs(runs, resume=resume, overwrite=overwrite)
+    return _train(runs, resume=resume, overwrite=overwrite)
 
 
-def _make_run(prepared: TrainingData, config: TrainConfig, optimizer: Optimizer, directory: Path | None) -> Run:
-    return Run(prepared, dataclasses.replace(config, optimizer=optimizer), optimizer, directory)
-
-
-def _train_runs(runs: Sequence[Run], *, resume: bool, overwrite: bool, layout: Layout | None = None) -> list[Result]:
-    """Trains runs of the same data that differ in their seeds; with a layout, there is one."""
+def _train(
+    runs: Sequence[Run],
+    *,
+    resume: bool,
+    overwrite: bool,
+    watch: Watch | None = None,
+    layout: Layout | None = None,
+) -> list[Result]:
+    """Trains runs that differ in their seed alone; with a layout, there is one."""
+    check_installed(runs[0].config.logger)
     with contextlib.ExitStack() as folders:
         for run in runs:
             folders.enter_context(run).open(resume=resume, overwrite=overwrite)
         unfinished = [run for run in runs if run.finished is None]
         for done in sorted({run.done for run in unfinished}):
-            _Group([run for run in unfinished if run.done == done], done, layout).train()
+            _Group([run for run in unfinished if run.done == done], done, watch, layout).train()
     failures = {run.config.seed: run.diverged for run in runs if run.diverged is not None}
     if failures:
         raise DivergedError(failures, [run.finished for run in runs])
@@ -139,12 +154,15 @@ class _Group:
     Args:
       runs: the runs.
       done: how many epochs each of them was trained for already.
+      watch: who watches them, see :func:`train`.
       layout: the mesh that the only run is split over; None: one device.
     """
 
-    def __init__(self, runs: Sequence[Run], done: int, layout: Layout | None = None) -> None:
+    def __init__(
+        self, runs: Sequence[Run], done: int, watch: Watch | None = None, layout: Layout | None = None
+    ) -> None:
         self.begin = time.perf_counter()
-        self.runs, self.done, self.config = runs, done, runs[0].config
+        self.runs, self.done, self.config, self.watch = runs, done, runs[0].config, watch
         self.active = dict(enumerate(runs))  # by place in the program
         what = runs[0].prepared, self.config, runs[0].optimizer
         if layout is None:
@@ -221,9 +239,13 @@ class _Group:
             run.seconds = time.perf_counter() - self.begin
             if params is not None:
                 run.save(epoch, params, program.state_of(i))
-        self._part_with_stopped(epoch)
         best = [run.best[0] for run in self.runs if run.best is not None and run.diverged is None]
         self.progress.epoch(epoch, **shown, tokens=tokens, best=np.mean(best) if best else None)
+        if self.watch is not None and not stop:  # who asks for both stops, and looks again when the run goes on
+            for i in self.active:
+                if evaluated and not self.watch(epoch, validation[i][SELECTION]):
+                    raise StoppedError(f"stopped after epoch {epoch}, which is saved")
+        self._part_with_stopped(epoch)
         return stop
 
     def _validate(self) -> dict[int, dict[str, float]]:

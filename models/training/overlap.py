@@ -9,7 +9,7 @@ from models.data import Interactions, Split, load_interactions, split_interactio
 from models.training.checkpoints import LoadedRun
 
 # What decides which interactions are trained on.
-SPLITTING = ("split", "split_quantiles", "split_times")
+SPLITTING = ("split", "split_quantiles", "split_times", "cold_items")
 
 
 def overlap_note(run: LoadedRun, config: TrainConfig, split: Split, interactions: Interactions | None) -> str:

@@ -15,10 +15,13 @@ import numpy as np
 
 from models.architectures.registry import model_class
 from models.config import SELECTION, Optimizer, TrainConfig
+from models.evaluation.groups import Groups, summarize_groups
 from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_bytes, write_json, write_text
 from models.processes import check_same, is_first, num_processes, on_first, program_digest, wait_for_all
 from models.training import beside
-from models.training.files import EMBEDDINGS, curve, read_history
+from models.training.files import EMBEDDINGS, LOGGERS, TENSORBOARD, curve, read_history
+from models.training.interrupts import StoppedError
+from models.training.loggers import Loggers, Status
 from models.training.program import Program
 from models.training.training_data import TrainingData
 
@@ -31,7 +34,7 @@ except ImportError:  # there is none on Windows
     resource = None
 
 # Of result.json. Results that say nothing are of the first format, of seeds that were trained alone.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Result:
       protocol: how the metrics came about.
       best_epoch: the epoch with the best validation NDCG@10.
       validation: metrics of the validation items at that epoch.
-      test: metrics of the test items at that epoch.
+      test: metrics of the test items at that epoch; empty: the run was not tested.
       losses: mean training loss of each epoch.
       epoch_seconds: median seconds of an epoch, compilation and evaluation not counted. Where several seeds share one
         program, of an epoch of all of them.
@@ -52,6 +55,9 @@ class Result:
       peak_memory: the most memory the process (on a GPU or TPU: the device) has used so far, in bytes; 0: not known.
       device: what it ran on.
       seeds_together: how many seeds shared the program, this one included.
+      epoch_steps: how many steps an epoch has; None: not known, in results of the first format.
+      groups: metrics of the test items by groups of users, see :func:`~models.evaluation.groups.summarize_groups`;
+        empty in results of the first format.
       format: of ``result.json``. A later one may have more fields.
     """
 
@@ -67,6 +73,8 @@ class Result:
     peak_memory: int
     device: str
     seeds_together: int = 1
+    epoch_steps: int | None = None
+    groups: Groups = dataclasses.field(default_factory=dict)
     format: int = FORMAT
 
     @classmethod
@@ -98,12 +106,20 @@ class Run:
       config: the run, resolved.
       optimizer: which optimizer.
       directory: the folder; None: nothing is read or written.
+      tests: whether the run is tested at its end. If not, the folder holds a run that is still to be finished.
     """
 
     def __init__(
-        self, prepared: TrainingData, config: TrainConfig, optimizer: Optimizer, directory: Path | None
+        self,
+        prepared: TrainingData,
+        config: TrainConfig,
+        optimizer: Optimizer,
+        directory: Path | None,
+        *,
+        tests: bool = True,
     ) -> None:
         self.prepared, self.config, self.optimizer, self.directory = prepared, config, optimizer, directory
+        self.tests = tests
         self.history: list[dict[str, Any]] = []
         self.best: tuple[float, int, Any] | None = None
         self.stale = 0
@@ -116,7 +132,7 @@ class Run:
         self.continues = False
         self.saved = 0
         self.split_shapes: tuple[Any, Any] | None = None
-        self._scalars: Any = None
+        self._loggers: Loggers | None = None
         self._claims = contextlib.ExitStack()
         # Of several processes, the first one writes; checkpoints alone are written by all of them.
         self._writes = directory is not None and is_first()
@@ -137,8 +153,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._scalars is not None:
-            self._scalars.close()
+        interrupted = kind is not None and issubclass(kind, (KeyboardInterrupt, StoppedError))
+        self._close_loggers("interrupted" if interrupted else "failed")  # those of a finished run are closed
         self._claims.close()
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
@@ -255,7 +271,11 @@ class Run:
         return restored
 
     def start(self) -> None:
-        """Takes possession of the folder: removes what is there, unless the run continues, and writes what it is."""
+        """Takes possession of the folder: removes what is there, unless the run continues, and writes what it is.
+
+        Raises:
+          ValueError: if a logger cannot be used.
+        """
         if self.directory is None:
             return
         wait_for_all()  # others may still read what is removed here
@@ -273,28 +293,25 @@ class Run:
             if not self.saved or not path.stem.isdecimal() or int(path.stem) > self.saved:
                 path.unlink()
         if not self.continues:
-            _remove_scalars(self.directory / "tensorboard")
+            _remove_scalars(self.directory / TENSORBOARD)
+            (self.directory / LOGGERS).unlink(missing_ok=True)
         self.info.write(self.directory, self.prepared.interactions.item_ids)
         beside.write_context(self.directory, self.prepared.context)
         if model_class(self.config.model).query == "user":
             beside.write_users(self.directory, self.prepared.interactions, self.prepared.split.train.user_ids)
         self._write_history()
-        if self.config.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._scalars = SummaryWriter(str(self.directory / "tensorboard"), purge_step=len(self.history) + 1)
+        self._loggers = Loggers(self.config.logger, self.directory, epochs=len(self.history))
+        self._loggers.start(self.config.to_dict())
 
     def record(self, record: dict[str, Any]) -> None:
         """Adds an epoch to the history."""
         self.history.append(record)
         if self._writes:
             append_text(self.directory / "history.jsonl", json.dumps(record) + "\n")
-        if self._scalars is not None:
+        if self._loggers is not None:
             scalars = {"loss": record["loss"], "tokens per second": record["tokens_per_second"]}
             scalars |= {f"validation/{name}": value for name, value in record.get("validation", {}).items()}
-            scalars |= record.get("diagnostics", {})
-            for name, value in scalars.items():
-                self._scalars.add_scalar(name.replace(" ", "_"), value, record["epoch"])
+            self._loggers.scalars(record["epoch"], scalars | record.get("diagnostics", {}))
 
     def replace_last_record(self, record: dict[str, Any]) -> None:
         """Changes the newest epoch of the history; its checkpoint is to be written again."""
@@ -335,16 +352,14 @@ class Run:
             like = leaves_of({"last": params, "best": params, "opt_state": opt_state}, lambda leaf: leaf.shape)
             shapes = {name: shape for name, shape in like.items() if shape != leaves[name].shape}
         progress = {"best": best[0], "best_epoch": best[1], "stale": self.stale, "seconds": self.seconds}
-        if self._scalars is not None:
-            self._scalars.flush()
         self.checkpoints.save(Checkpoint(epoch, leaves, progress, shapes))
         self.saved = epoch
 
     def finish(self, program: Program) -> None:
-        """Tests the best parameters and writes what there is to write."""
+        """Tests the best parameters, if the run is one that tests, and writes what there is to write."""
         begin = time.perf_counter()
         _, best_epoch, params = self.best
-        ranks, test = program.test(params)
+        ranks, test = program.test(params) if self.tests else (None, {})
         seconds = [record["seconds"] for record in self.history]
         result = Result(
             optimizer=self.optimizer,
@@ -359,11 +374,13 @@ class Run:
             peak_memory=peak_memory(),
             device=str(jax.devices()[0].device_kind),
             seeds_together=len(program.seeds),
+            epoch_steps=self.prepared.epoch_steps,
+            groups=summarize_groups(ranks, self.prepared.split, self.config.ks),
         )
-        if self._scalars is not None:
-            self._scalars.close()
-            self._scalars = None
-        if self._writes:
+        if self._loggers is not None and test:
+            self._loggers.scalars(len(self.history), {f"test/{name}": value for name, value in test.items()})
+        self._close_loggers("finished")
+        if self._writes and self.tests:
             from models import plots  # matplotlib is slow to import and not needed to train
 
             if self.config.per_user:
@@ -371,6 +388,11 @@ class Run:
             plots.validation_curves({self.optimizer: [curve(self.history)]}, self.directory / "curve.png")
             write_json(self.directory / "result.json", dataclasses.asdict(result))
         self.finished = result
+
+    def _close_loggers(self, status: Status) -> None:
+        if self._loggers is not None:
+            self._loggers.close(status)
+            self._loggers = None
 
     def _write_history(self) -> None:
         write_text(self.directory / "history.jsonl", "".join(json.dumps(record) + "\n" for record in self.history))

@@ -49,6 +49,11 @@ class TrainingData:
         """Inputs in an epoch that is trained on; places that are not filled do not count."""
         return 0 if self.feed is None else self.feed.num_tokens
 
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of the optimizer in an epoch."""
+        return 0 if self.feed is None else self.feed.num_batches
+
 
 def make_training_data(interactions: Interactions, config: TrainConfig, num_devices: int = 1) -> TrainingData:
     """Splits, packs and copies to the device; builds graphs from the training part alone.

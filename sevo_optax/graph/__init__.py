@@ -12,7 +12,7 @@ graph is handed over as it comes out of a builder:
 * :func:`from_edges`, :func:`from_parquet`, :func:`from_scipy`: anything else, directed edges included.
 
 :func:`combine` adds several relations over the same nodes, :func:`top_k` and :func:`drop_below` thin a graph out,
-:func:`summary` describes it, :func:`save` and :func:`load` keep it.
+:func:`summary` describes it, :func:`save` and :func:`load` keep it, :func:`shard` splits its rows over devices.
 
 A log too large for one machine is reduced to edges where it lies. ``COOCCURRENCE_SQL`` is Algorithm 4
 as one SQL statement; write its result to parquet and read that::
@@ -21,6 +21,8 @@ as one SQL statement; write its result to parquet and read that::
     weights = graph.from_parquet("edges.parquet", num_nodes=num_items + 1)
 """
 
+from sevo_optax._shards import Shards as Shards
+from sevo_optax._shards import ShardSummary as ShardSummary
 from sevo_optax._weights import Adjacency as Adjacency
 from sevo_optax.graph._build import cooccurrence as cooccurrence
 from sevo_optax.graph._build import shared_attributes as shared_attributes
@@ -37,6 +39,7 @@ from sevo_optax.graph._reshape import combine as combine
 from sevo_optax.graph._reshape import drop_below as drop_below
 from sevo_optax.graph._reshape import normalize as normalize
 from sevo_optax.graph._reshape import top_k as top_k
+from sevo_optax.graph._shard import shard as shard
 from sevo_optax.graph._summary import GraphSummary as GraphSummary
 from sevo_optax.graph._summary import summary as summary
 
@@ -44,6 +47,8 @@ __all__ = [
     "COOCCURRENCE_SQL",
     "Adjacency",
     "GraphSummary",
+    "ShardSummary",
+    "Shards",
     "combine",
     "cooccurrence",
     "drop_below",
@@ -54,6 +59,7 @@ __all__ = [
     "load",
     "normalize",
     "save",
+    "shard",
     "shared_attributes",
     "summary",
     "to_scipy",

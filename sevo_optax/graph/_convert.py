@@ -132,4 +132,4 @@ def to_scipy(adjacency: Adjacency) -> scipy.sparse.csr_array:
              [1., 0.]], dtype=float32)
     """
     csr = symmetric_csr(adjacency)
-    return csr if adjacency.dtype == np.float64 else csr.astype(np.float32)
+    return csr if getattr(adjacency, "dtype", None) == np.float64 else csr.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Graphs of nearest neighbours, found exactly, block by block."""
+"""Graphs of nearest neighbours, found exactly, block by block, or approximately, by an index."""
 
 import math
 from collections.abc import Callable
@@ -23,9 +23,15 @@ from sevo_optax.graph import _matrices
 from sevo_optax.graph._matrices import mirror
 
 _METRICS = ("cosine", "dot", "euclidean")
+_METHODS = ("exact", "approximate")
 
 # How many nodes look for their neighbours at the same time.
 _ROWS = 1024
+
+# The index: links of a node, and how many candidates are kept in mind while it is built and searched.
+_LINKS, _BUILDING, _SEARCHING = 32, 80, 128
+# Candidates beyond the k that are wanted, so that the exact ranking of them has something to choose from.
+_SPARE = 8
 
 
 def knn(
@@ -34,6 +40,7 @@ def knn(
     *,
     metric: Literal["cosine", "dot", "euclidean"] = "cosine",
     mutual: bool = False,
+    method: Literal["exact", "approximate"] = "exact",
     nodes: ArrayLike | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> jsparse.BCOO:
@@ -53,25 +60,30 @@ def knn(
     more than ``k`` edges; with ``mutual``, if both do, so that it has at most ``k``. Of neighbours at equal weight
     those with the smaller index are taken.
 
-    All pairs are compared: candidates are found in float32, then ranked and weighed in float64, so that the result does
-    not depend on the rounding of the former. That takes time quadratic in the nodes and memory linear in them.
+    Exactly, all pairs are compared: candidates are found in float32, then ranked and weighed in float64, so that the
+    result does not depend on the rounding of the former. That takes time quadratic in the nodes and memory linear in
+    them. Approximately, candidates come from an index (a navigable small world of faiss, which must be installed), and
+    a few of the true neighbours are missed; those that are found weigh the same. That takes time nearly linear in the
+    nodes, and pays from some hundred thousand of them on. Either way the same vectors give the same graph.
 
     Args:
       vectors: one vector for each node, shape (nodes, dim), finite, floating-point or integer.
       k: how many neighbours each node counts, at least 1.
       metric: "cosine", "dot" or "euclidean".
       mutual: whether both ends must count each other.
+      method: "exact" or "approximate".
       nodes: ids of the nodes that take part, integers of shape (any,); the others have no neighbours, and their vectors
         are not read. Pass ``np.arange(1, num_nodes)`` to leave out a padding row 0. None: all.
-      progress: called as ``progress(done, total)`` after each block, in nodes.
+      progress: called as ``progress(done, total)`` after each block, in nodes; with an index, building it is half.
 
     Returns:
       Raw symmetric weights, BCOO float32 of shape (nodes, nodes).
 
     Raises:
+      ImportError: if ``method`` is "approximate" and faiss is not installed.
       TypeError: if ``vectors`` are not real numbers, or ``k`` or an id is not an integer.
       ValueError: if ``vectors`` is no matrix, a number is not finite, ``k`` is below 1, an id is out of range, or
-        ``metric`` is none of those listed.
+        ``metric`` or ``method`` is none of those listed.
 
     Examples:
       Four directions in the plane; the last vector has none:
@@ -85,9 +97,14 @@ def knn(
              [0.  , 0.  , 0.  , 0.95, 0.  ],
              [0.  , 0.  , 0.95, 0.  , 0.  ],
              [0.  , 0.  , 0.  , 0.  , 0.  ]], dtype=float32)
+
+    References:
+      Malkov and Yashunin, `Efficient and Robust Approximate Nearest Neighbor Search Using Hierarchical Navigable Small
+      World Graphs <https://arxiv.org/abs/1603.09320>`_, 2018
     """
     k = check_positive_int(k, "k")
     check_choice(metric, _METRICS, "metric")
+    check_choice(method, _METHODS, "method")
     matrix = np.asarray(vectors)
     check_weight_dtype(matrix.dtype, "vectors")
     if matrix.ndim != 2 or 0 in matrix.shape:
@@ -99,7 +116,7 @@ def knn(
         ids = np.unique(check_ids(nodes, num_nodes, "nodes", "the number of vectors"))
     k = min(k, max(1, ids.size - 1))
     require_memory(
-        28 * ids.size * matrix.shape[1] + 60 * ids.size * k,
+        28 * ids.size * matrix.shape[1] + 60 * ids.size * k + (method == "approximate") * 320 * ids.size,
         f"a graph of {k} neighbours of each of {ids.size} vectors",
         "Lower k, or reduce the vectors to fewer dimensions.",
     )
@@ -111,7 +128,10 @@ def knn(
             "Repair the vector, or leave the node out with nodes=..."
         )
     points, unit = _scale(points, metric)
-    found = [_neighbours(points, start, k, metric) for start in _blocks(ids.size, progress)]
+    if method == "exact":
+        found = [_neighbours(points, start, k, metric) for start in _blocks(ids.size, progress)]
+    else:
+        found = _indexed_neighbours(points, k, metric, progress)
     row, column, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
     weight = 1 / (1 + unit * np.sqrt(-score)) if metric == "euclidean" else unit**2 * score
     if metric == "cosine":
@@ -189,6 +209,51 @@ def _neighbours(points: np.ndarray, start: int, k: int, metric: str) -> tuple[np
         width *= 2
     row, column, exact = kept
     return row + start, column, exact
+
+
+def _indexed_neighbours(
+    points: np.ndarray, k: int, metric: str, progress: Callable[[int, int], object] | None
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The ``k`` best of the neighbours that an index finds, as :func:`_neighbours` gives them, block by block."""
+    try:
+        import faiss
+    except ImportError:
+        raise ImportError(
+            "method 'approximate' needs faiss, which is not installed: pip install faiss-cpu, or take method='exact'"
+        ) from None
+    total = len(points)
+    small = points.astype(np.float32)
+    # Of points with norm one, the nearest have the largest inner products, too.
+    distance = faiss.METRIC_INNER_PRODUCT if metric == "dot" else faiss.METRIC_L2
+    index = faiss.IndexHNSWFlat(small.shape[1], _LINKS, distance)
+    index.hnsw.efConstruction = _BUILDING
+    count = min(total, k + 1 + _SPARE)
+    index.hnsw.efSearch = max(_SEARCHING, 2 * count)
+    threads = faiss.omp_get_max_threads()
+    # Several threads would link the points in an order of chance.
+    faiss.omp_set_num_threads(1)
+    try:
+        for start in range(0, total, _ROWS):
+            index.add(small[start : start + _ROWS])
+            if progress is not None:
+                progress(min(start + _ROWS, total) // 2, total)
+    finally:
+        faiss.omp_set_num_threads(threads)
+    lowest = -np.inf if metric == "euclidean" else 0.0
+    found = []
+    for start in range(0, total, _ROWS):
+        rows = points[start : start + _ROWS]
+        _, column = index.search(small[start : start + _ROWS], count)
+        row, column = np.repeat(np.arange(len(rows)), count), column.ravel().astype(np.int64)
+        different = (column >= 0) & (column != row + start)  # -1: fewer were found
+        row, column = row[different], column[different]
+        score = _score(rows[row], points[column], metric)
+        passed = score > lowest
+        (row, column, score), _ = _best([row[passed], column[passed], score[passed]], k, lowest, len(rows))
+        found.append((row + start, column, score))
+        if progress is not None:
+            progress((total + min(start + _ROWS, total)) // 2, total)
+    return found
 
 
 def _score(one: np.ndarray, other: np.ndarray, metric: str) -> np.ndarray:

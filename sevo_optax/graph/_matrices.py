@@ -23,8 +23,8 @@ class Sum:
     is copied once for every matrix that follows.
     """
 
-    def __init__(self, num_nodes: int) -> None:
-        self._shape = (num_nodes, num_nodes)
+    def __init__(self, num_nodes: int, num_rows: int | None = None) -> None:
+        self._shape = (num_nodes if num_rows is None else num_rows, num_nodes)
         self._parts: list[scipy.sparse.csr_array] = []
 
     def add(self, matrix: scipy.sparse.csr_array) -> None:
@@ -45,17 +45,25 @@ class Sum:
 
 
 def directed_csr(
-    sources: np.ndarray, targets: np.ndarray, weights: np.ndarray | None, num_nodes: int
+    sources: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray | None,
+    num_nodes: int,
+    num_rows: int | None = None,
 ) -> scipy.sparse.csr_array:
-    """Adds up checked edges to a canonical float64 CSR without explicit zeros."""
+    """Adds up checked edges to a canonical float64 CSR without explicit zeros.
+
+    ``sources`` number rows, of which there are ``num_rows``, by default as many as nodes.
+    """
+    num_rows = num_nodes if num_rows is None else num_rows
     # Weights, both indices and the result; and the row pointers of it, its transpose, their sum and the BCOO.
     require_memory(
-        28 * sources.size + 24 * num_nodes,
-        f"a graph of {num_nodes} nodes from {sources.size} edges",
+        28 * sources.size + 24 * num_rows,
+        f"a graph of {num_rows} nodes from {sources.size} edges",
         "Number the nodes that occur from 0 to n-1, or keep fewer edges.",
     )
     weights = np.ones(sources.size) if weights is None else weights
-    csr = scipy.sparse.coo_array((weights, (sources, targets)), shape=(num_nodes,) * 2).tocsr()
+    csr = scipy.sparse.coo_array((weights, (sources, targets)), shape=(num_rows, num_nodes)).tocsr()
     csr.sum_duplicates()
     csr.eliminate_zeros()
     return csr
@@ -64,7 +72,11 @@ def directed_csr(
 def mirror(directed: scipy.sparse.csr_array, how: str) -> scipy.sparse.csr_array:
     """Combines a canonical matrix with its transpose."""
     require_memory(36 * directed.nnz, f"making {directed.nnz} edges symmetric", _FEWER)
-    transposed = directed.T.tocsr()
+    return both_ways(directed, directed.T.tocsr(), how)
+
+
+def both_ways(directed: scipy.sparse.csr_array, transposed: scipy.sparse.csr_array, how: str) -> scipy.sparse.csr_array:
+    """Combines rows of a matrix with the same rows of its transpose."""
     if how == "max":
         return directed.maximum(transposed)
     if how == "min":

@@ -4,14 +4,23 @@ import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
+import scipy.sparse
 from jax.experimental import sparse as jsparse
 
-from sevo_optax._weights import check_choice, check_ids, check_num_nodes, check_weights, raw_bcoo
+from sevo_optax._shards import Ranges, Shards
+from sevo_optax._weights import (
+    check_choice,
+    check_ids,
+    check_num_nodes,
+    check_positive_int,
+    check_weights,
+    raw_bcoo,
+)
 from sevo_optax.graph import _matrices
-from sevo_optax.graph._matrices import SYMMETRIZE, Sum, directed_csr, mirror
+from sevo_optax.graph._matrices import SYMMETRIZE, Sum, both_ways, directed_csr, mirror
 
 COOCCURRENCE_SQL = """\
 WITH ranked AS (                               -- one row of `interactions` is one event:
@@ -48,6 +57,28 @@ equality only, so its cost grows with interactions times H, not with the square 
 """
 
 
+@overload
+def from_parquet(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    num_nodes: int,
+    source: str = ...,
+    target: str = ...,
+    weight: str | None = ...,
+    symmetrize: Literal["sum", "mean", "max", "min"] = ...,
+    num_shards: None = ...,
+) -> jsparse.BCOO: ...
+@overload
+def from_parquet(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    num_nodes: int,
+    source: str = ...,
+    target: str = ...,
+    weight: str | None = ...,
+    symmetrize: Literal["sum", "mean", "max", "min"] = ...,
+    num_shards: int,
+) -> Shards: ...
 def from_parquet(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
@@ -56,12 +87,19 @@ def from_parquet(
     target: str = "target",
     weight: str | None = "weight",
     symmetrize: Literal["sum", "mean", "max", "min"] = "sum",
-) -> jsparse.BCOO:
+    num_shards: int | None = None,
+) -> jsparse.BCOO | Shards:
     """Makes symmetric weights from edges in parquet files, such as an SQL engine writes.
 
     Equals :func:`from_edges` on the three columns, but reads the files piece by piece, so that memory is
     bounded by the distinct edges. Needs pyarrow or polars. The result of ``COOCCURRENCE_SQL`` is read
     with the defaults.
+
+    With ``num_shards``, nothing is read yet. What comes back is a sequence of rows for
+    :func:`sevo` with ``graph_sharding``: each shard is read by itself, in one pass over the files that keeps the edges
+    that begin or end there, so that memory is bounded by the distinct edges of one shard and one chunk of rows. While
+    :func:`sevo` prepares the graph, it holds 8 bytes a node more, for the degrees, and reads each shard twice, or once
+    if a process has one. On several processes, each reads the shards of its own devices alone.
 
     Args:
       path: a parquet file, a directory (all ``*.parquet`` below it) or a list of files.
@@ -70,9 +108,11 @@ def from_parquet(
       target: name of the column of target node ids.
       weight: name of the column of finite, non-negative weights; None weighs every row 1.
       symmetrize: as for :func:`from_edges`.
+      num_shards: None: the whole graph. Or over how many devices its rows are split.
 
     Returns:
-      Raw symmetric weights, BCOO float32 of shape (num_nodes, num_nodes).
+      Raw symmetric weights, BCOO float32 of shape (num_nodes, num_nodes); with ``num_shards`` a :class:`Shards`,
+      whose reading raises what is listed here for the contents of files.
 
     Raises:
       FileNotFoundError: if there is no such file, or a directory holds no parquet file.
@@ -92,14 +132,70 @@ def from_parquet(
       Array([[0. , 1. , 0. ],
              [1. , 0. , 0.5],
              [0. , 0.5, 0. ]], dtype=float32)
+
+      Two rows at a time:
+
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     pyarrow.parquet.write_table(edges, f"{folder}/edges.parquet")
+      ...     for rows in graph.from_parquet(folder, num_nodes=3, num_shards=2):
+      ...         print(rows.toarray())
+      [[0.  1.  0. ]
+       [1.  0.  0.5]]
+      [[0.  0.5 0. ]]
     """
     num_nodes = check_num_nodes(num_nodes)
     check_choice(symmetrize, SYMMETRIZE, "symmetrize")
+    files = _parquet_files(path)
+
+    def edges(chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        return _edges(path, files, num_nodes, source, target, weight, max(_matrices.CHUNK, chunk))
+
+    if num_shards is None:
+        # Each partial sum has a row pointer for every node: chunks no smaller keep the time linear.
+        summed = Sum(num_nodes)
+        for sources, targets, weights in edges(num_nodes):
+            summed.add(directed_csr(sources, targets, weights, num_nodes))
+        return raw_bcoo(mirror(summed.total(), symmetrize))
+    num_shards = check_positive_int(num_shards, "num_shards")
+
+    def read(ranges: Ranges) -> scipy.sparse.csr_array:
+        num_rows = sum(stop - start for start, stop in ranges)
+        sums = Sum(num_nodes, num_rows), Sum(num_nodes, num_rows)
+        for sources, targets, weights in edges(num_rows):
+            for summed, begins, ends in zip(sums, (sources, targets), (targets, sources), strict=True):
+                row = _row_of(begins, ranges)
+                kept = np.flatnonzero(row >= 0)
+                some = None if weights is None else weights[kept]
+                summed.add(directed_csr(row[kept], ends[kept], some, num_nodes, num_rows))
+        return both_ways(sums[0].total(), sums[1].total(), symmetrize)
+
+    return Shards(read, num_nodes, num_shards)
+
+
+def _row_of(nodes: np.ndarray, ranges: Ranges) -> np.ndarray:
+    """The position of each node in the ranges one after the other, or -1."""
+    row = np.full(nodes.shape, -1, np.int32)
+    base = 0
+    for start, stop in ranges:
+        inside = (nodes >= start) & (nodes < stop)
+        row[inside] = nodes[inside] - (start - base)
+        base += stop - start
+    return row
+
+
+def _edges(
+    path: Any,
+    files: Sequence[Path],
+    num_nodes: int,
+    source: str,
+    target: str,
+    weight: str | None,
+    chunk: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Yields the checked edges of all files, at most ``chunk`` at a time."""
     columns = [source, target] + ([] if weight is None else [weight])
-    summed = Sum(num_nodes)
-    chunk = max(_matrices.CHUNK, num_nodes)
     seen = 0
-    for file in _parquet_files(path):
+    for file in files:
         row = 0
         for sources, targets, *rest in _parquet_pieces(file, columns, chunk):
             place = f"{file}: column "
@@ -108,12 +204,11 @@ def from_parquet(
             weights = None
             if rest:
                 weights = check_weights(rest[0], sources.size, f"{place}{weight!r}", row)
-            summed.add(directed_csr(sources, targets, weights, num_nodes))
+            yield sources, targets, weights
             row += sources.size
         seen += row
     if not seen:
         raise ValueError(f"{path} holds no rows; wanted at least one edge.")
-    return raw_bcoo(mirror(summed.total(), symmetrize))
 
 
 def _parquet_files(path: Any) -> list[Path]:

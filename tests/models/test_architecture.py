@@ -20,7 +20,8 @@ FLOORS = [
     ("evaluation",),
     ("training",),
     ("serving",),
-    ("reproduce",),
+    ("reproduce", "tuning"),
+    ("report",),
     ("cli",),
     ("__main__",),
 ]

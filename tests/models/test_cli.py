@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sevo_optax
@@ -125,7 +126,10 @@ def test_a_full_disk_is_one_line(data, tmp_path, monkeypatch, capsys):
 def test_compare(data, tmp_path, capsys):
     status, printed, _ = run(capsys, "compare", "--data", data, "--output-dir", tmp_path / "out", *SMALL)
     assert status == 0
-    assert printed.rstrip().endswith("compare.json")
+    *_, pictures, report = printed.rstrip().splitlines()
+    assert pictures.endswith("compare.json")
+    assert report == f"report, to open in a browser: {tmp_path / 'out' / 'report.html'}"
+    assert "sasrec on data, bce" in (tmp_path / "out" / "report.html").read_text()
     assert all(name in printed for name in ["adamw", "sevo-adamw", "sevo-gradient"])
 
 
@@ -211,6 +215,19 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["train", "--loss", "gbce", "--no-logq-correction"], "logq_correction is not heeded by loss gbce, got False"),
         (["graph", "--split", "global-time", "--part", "all"], "split is not heeded with part all"),
         (["graph", "--attributes", "x"], "attributes is not heeded by graph item-item, got x"),
+        (
+            ["train", "--vectors", "x"],
+            "vectors is not heeded by graph item-item, got x; leave it out or give --graph knn",
+        ),
+        (
+            ["train", "--max-neighbors", "3"],
+            "max_neighbors is not heeded by graph item-item, got 3; leave it out or give",
+        ),
+        (["train", "--graph", "knn", "--knn-neighbors", "0"], "knn_neighbors must be at least 1, got 0"),
+        (["train", "--graph", "knn"], "vectors: the graph knn needs --vectors"),
+        (["train", "--cold-items", "1"], "cold_items must lie in [0, 1), got 1.0"),
+        (["graph", "--part", "all", "--cold-items", "0.1"], "cold_items is not heeded with part all, got 0.1"),
+        (["export", "--checkpoint", "x", "--embeddings", "items.csv"], "embeddings must end in .npz, got items.csv"),
         (
             ["graph", "--graph", "attributes", "--attributes", "x", "--max-hops", "3"],
             "max_hops is not heeded by graph attributes, got 3",
@@ -367,6 +384,21 @@ def test_graph_of_attributes(data, tmp_path, capsys):
     weights = graph.load(out / "weights.npz").todense()
     assert weights[1, 2] == weights[1, 4] == 1
     assert weights.sum() == 4
+
+
+def test_graph_of_vectors(data, tmp_path, capsys):
+    vectors = tmp_path / "items.npz"
+    np.savez(vectors, item_ids=np.array([1, 2, 4, 99]), vectors=np.array([[1.0, 0], [0, 1], [1, 0.1], [1, 1]]))
+    out = tmp_path / "out"
+    status, printed, _ = run(
+        capsys,
+        *("graph", "--data", data, "--graph", "knn", "--vectors", vectors, "--knn-neighbors", 1, "--output-dir", out),
+    )
+    assert status == 0
+    assert "1 nearest items by cosine of items.npz" in printed
+    assert f"17 of 20 items have no vector in {vectors}: they get no edges of graph knn" in printed
+    weights = graph.load(out / "weights.npz").todense()
+    assert {tuple(map(int, pair)) for pair in np.argwhere(weights)} == {(1, 4), (4, 1), (2, 4), (4, 2)}
 
 
 @pytest.mark.parametrize(

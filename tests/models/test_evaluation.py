@@ -10,8 +10,9 @@ from models.architectures.base import Encoded, Recommender
 from models.architectures.registry import make_config
 from models.architectures.sasrec import SASRec
 from models.data import Interactions, drifting_interests, leave_one_out
+from models.evaluation import metrics
 from models.evaluation.queries import Histories
-from models.evaluation.ranking import FullRanking
+from models.evaluation.ranking import FullRanking, make_test
 from tests.models.test_sasrec import alone
 
 
@@ -118,6 +119,32 @@ def test_top_items_of_equal_scores():
 
     assert top([9, 0, 0, 1, 0, 2, 0], 4) == [[5, 3, 4, 6], [5, 3, 1, 2]]
     assert top([9] * 7) == [[3, 4, 5, 6, 0, 0], [1, 2, 3, 4, 5, 0]]
+
+
+def test_ranks_and_best_items_come_from_the_same_scores(split):
+    """The histories are encoded and the items scored once for both."""
+    passes = []
+
+    class Counting(SASRec):
+        def encode(self, *arguments, **options):
+            passes.append("encode")
+            return super().encode(*arguments, **options)
+
+        def scores(self, *arguments):
+            passes.append("scores")
+            return super().scores(*arguments)
+
+    model = Counting(40, max_length=8, embedding_dim=8, num_blocks=0, rngs=nnx.Rngs(0))
+    config = make_config("sasrec", max_length=8)
+    ranking = FullRanking.prepare(split.test_history, split.test, model=SASRec, config=config, chunk_size=16)
+    graphdef, state = nnx.split(model)
+    ranks, found = make_test(graphdef, (1, 9))(state, ranking, {})
+    assert sorted(passes) == ["encode", "scores"]
+    assert ranks.tolist() == np.asarray(ranking.ranks(model, {})).tolist()
+    top_items = np.asarray(ranking.top_items(model, {}, 9))
+    assert found == metrics.summarize(ranks, (1, 9)) | {
+        f"coverage@{k}": len(np.unique(top_items[:, :k])) / 40 for k in (1, 9)
+    }
 
 
 def test_half_precision_ends_before_the_scores():

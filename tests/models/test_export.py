@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
+from models.data import read_item_vectors
 from models.serving.export import PLATFORMS, export_scores, usage, write_export
 from models.serving.trained import TrainedModel
 from models.training.checkpoints import load_run
@@ -93,6 +94,18 @@ def test_command(exported, capsys):
     printed = capsys.readouterr().out
     assert f"epoch 1: wrote {own}" in printed
     assert usage(load_run(directory), own, items) in printed
+
+    vectors = directory.parent / "vectors.npz"
+    before = set(directory.iterdir())
+    assert main(["export", "--checkpoint", str(directory), "--embeddings", str(vectors)]) == 0
+    assert set(directory.iterdir()) == before
+    assert "wrote 40 vectors of " in capsys.readouterr().out
+    table, known = read_item_vectors(vectors, IDS)
+    model = load_run(directory).model
+    np.testing.assert_array_equal(table[1:], model.items()[0][1:41])
+    assert known.tolist() == [False] + [True] * 40
+    assert main(["export", "--checkpoint", str(directory), "--embeddings", str(directory / "items.npz")]) == 2
+    assert "is a file of the run in" in capsys.readouterr().err
 
     assert main(["export", "--checkpoint", str(directory), "--which", "last", "--output", str(path)]) == 0
     assert f"epoch 2: wrote {path}" in capsys.readouterr().out

@@ -52,6 +52,27 @@ def test_users_stand_in_front_of_items():
     assert pairs == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 4), (2, 1), (2, 2)}
 
 
+def test_items_of_the_same_users():
+    found = graphs.item_graph("shared-users", TRAIN, GraphConfig()).todense()
+    pairs = {(int(i), int(j)): found[i, j] for i, j in np.argwhere(found) if i < j}
+    cosines = {(1, 2): 2 / 6**0.5, (1, 3): 1 / 2**0.5, (2, 3): 1 / 3**0.5, (2, 4): 1 / 3**0.5}
+    assert pairs == pytest.approx(cosines)
+    np.testing.assert_array_equal(found, found.T)
+    # Item 2 keeps item 1, item 3 item 1, and item 4 has none but item 2.
+    few = graphs.item_graph("shared-users", TRAIN, GraphConfig(max_neighbors=1)).todense()
+    assert {(int(i), int(j)) for i, j in np.argwhere(few) if i < j} == {(1, 2), (1, 3), (2, 4)}
+
+
+def test_all_pairs_of_a_history_by_distance():
+    """As far apart as a history of 50 is long."""
+    data = Interactions.from_sequences([range(1, 51)])
+    found = build_graph(data, GraphConfig(max_hops=49)).todense()
+    place = np.arange(1, 51)
+    np.testing.assert_allclose(
+        found[1:, 1:][place[:, None] < place], 1 / (place - place[:, None])[np.triu_indices(50, 1)]
+    )
+
+
 def test_graphs_are_combined_normalised_and_weighted(attributes):
     config = GraphConfig(graph=("item-item", "attributes"), graph_weights=(1.0, 0.1), attributes=attributes)
     found = build_graph(TRAIN, config).todense()
@@ -78,7 +99,9 @@ def test_a_graph_from_a_file(tmp_path):
     graph.save(tmp_path / "other.npz", graph.from_edges([1], [2], num_nodes=9))
     with pytest.raises(ValueError, match=r"other.npz has 9 nodes, but the item table has 6 rows"):
         build_graph(TRAIN, GraphConfig(graph=(str(tmp_path / "other.npz"),)))
-    with pytest.raises(FileNotFoundError, match="none of item-item, user-item, attributes, and no file"):
+    with pytest.raises(
+        FileNotFoundError, match="none of item-item, shared-users, user-item, attributes, knn, and no file"
+    ):
         build_graph(TRAIN, GraphConfig(graph=("itemitem",)))
 
 

@@ -333,9 +333,25 @@ def test_evaluate_gives_what_training_gave(trained, tmp_path, capsys):
         tmp_path / "ranks.csv",
         "--output",
         tmp_path / "test.json",
+        "--by",
+        "popularity",
+        "length",
     )
     report = json.loads((tmp_path / "test.json").read_text())
     assert report["test"] == result.test
+    assert report["groups"] == result.groups
+    assert {name: sum(x["users"] for x in groups.values()) for name, groups in result.groups.items()} == {
+        "popularity": 60,
+        "length": 60,
+    }
+    assert "coverage@10" in result.test
+    lines = printed.splitlines()
+    table = lines[lines.index("by popularity: training interactions of the item to find") + 1 :]
+    assert table[0].split()[:4] == ["popularity", "users", "HR@1", "HR@5"]
+    assert table[1].split() == ["never", "seen", "0", "none"]
+    some = result.groups["popularity"]["5-19"]
+    assert table[3].split() == ["5-19", str(some.pop("users")), *(f"{x:.4f}" for x in some.values())]
+    assert "by length: items in the user's history" in lines
     assert report["protocol"] == result.protocol
     assert (report["epoch"], report["users"]) == (result.best_epoch, 60)
     assert (tmp_path / "ranks.csv").read_text() == (run / "per_user.csv").read_text()
@@ -349,13 +365,25 @@ def test_evaluate_otherwise(trained, capsys):
         load_run(run), leave_one_out(load_interactions(SourceConfig(data=run.parent / "data.csv"))), ks=[3]
     )
     printed, _ = call(capsys, "evaluate", "--checkpoint", run, "--ks", 3, "--exclude-seen")
+    assert "by popularity" not in printed
     assert "  ".join(f"{name} {value:.4f}" for name, value in expected.metrics.items()) in printed
     assert "history not ranked" in printed
     assert result.protocol.count("history ranked too") == 1
 
     printed, _ = call(
-        capsys, "evaluate", "--checkpoint", run, "--which", "last", "--split", "global-time", "--no-exclude-seen"
+        capsys,
+        "evaluate",
+        "--checkpoint",
+        run,
+        "--which",
+        "last",
+        "--split",
+        "global-time",
+        "--no-exclude-seen",
+        "--by",
+        "popularity",
     )
+    assert "counted in the training part of these data, which the run was not trained on" in printed
     assert "(global-time split at" in printed
     assert "history ranked too" in printed
     assert "are ones that the run was trained on; tested after the last epoch)" in printed
@@ -394,6 +422,7 @@ def test_evaluate_refuses(trained, tmp_path, capsys):
     run, _ = trained
     for options, message in [
         (["--exclude-seen", "--include-seen"], "exclude each other"),
+        (["--by", "weather"], "--by must be one of popularity, length, got 'weather'"),
         (["--ks", "0"], "ks must be one or more numbers"),
         (["--data", tmp_path / "none.csv"], "none.csv does not exist"),
         (["--output", tmp_path], "is a folder"),

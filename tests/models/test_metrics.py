@@ -29,6 +29,15 @@ def test_summary_against_the_definition():
     assert list(got) == list(expected)
 
 
+def test_what_every_user_contributes():
+    ranks = np.random.default_rng(0).integers(0, 20, 300)
+    found = metrics.by_user(ranks, ks=(1, 5, 10))
+    assert all(isinstance(mine, np.ndarray) and mine.shape == (300,) for mine in found.values())
+    means = {name: mine.mean() for name, mine in found.items()}
+    assert means == pytest.approx(metrics.summarize(ranks), rel=1e-6)
+    assert list(means) == list(metrics.summarize(ranks))
+
+
 def test_lists_longer_than_the_catalogue():
     assert metrics.summarize([0, 2], ks=(1000,)) == pytest.approx(
         {"HR@1000": 1.0, "NDCG@1000": 0.75, "MRR@1000": (1 + 1 / 3) / 2}

@@ -112,7 +112,8 @@ def invented(config, optimizer, seed, together=1):
     metrics = dict(zip(METRICS, rng.random(len(METRICS)), strict=True))
     fields = {field.name: 0 for field in dataclasses.fields(loop.Result)}
     fields |= {"optimizer": optimizer, "protocol": "guessed", "best_epoch": 2, "device": "cpu", "epoch_seconds": 3.0}
-    fields |= {"total_seconds": 90.0, "seeds_together": together, "format": 1}
+    fields |= {"total_seconds": 90.0, "seeds_together": together, "format": 1, "epoch_steps": 7}
+    fields |= {"groups": {"popularity": {"never seen": {"users": 0}, "1-4": {"users": 9, "MRR@10": 1.0} | metrics}}}
     return loop.Result(**fields | {"validation": metrics, "test": metrics})
 
 
@@ -388,21 +389,20 @@ class TestFormats:
 
     def test_cells_without_a_format_are_of_the_first(self, folder, trained):
         assert len(self.CELLS) >= 20
-        assert {Cell.read(path).format for path in self.CELLS} <= {1, 2}
+        assert {Cell.read(path).format for path in self.CELLS} <= {1, 2, 3}
         reproduce(seeds=1)
         path = Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")
         written = json.loads(path.read_text())
-        assert written.pop("format") == 2
+        assert written.pop("format") == 3
         before = Cell.read(path)
-        path.write_text(
-            json.dumps({name: x for name, x in written.items() if name not in ("revision", "inference_seconds")})
-        )
-        assert Cell.read(path) == dataclasses.replace(before, format=1)
+        later = ("revision", "inference_seconds", "epoch_steps", "groups")
+        path.write_text(json.dumps({name: x for name, x in written.items() if name not in later}))
+        assert Cell.read(path) == dataclasses.replace(before, format=1, epoch_steps=None, groups={})
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"format": 3, "wings": 2}, "later version of this program (format 3; known are those up to 2): update it"),
+            ({"format": 4, "wings": 2}, "later version of this program (format 4; known are those up to 3): update it"),
             ({"wings": 2}, "holds no cell; delete it, and it will be trained again (got an unexpected keyword"),
             ({"format": "new"}, "holds no cell; delete it, and it will be trained again (its format is 'new'"),
         ],
@@ -450,6 +450,11 @@ def test_real_training(folder, one_row):
     assert (cell.variant, cell.arm, cell.settings) == ("bce", "sevo-adamw", {})
     assert cell.test == pytest.approx(direct.test, abs=1e-6)
     assert cell.best_epoch == direct.best_epoch
+    assert cell.epoch_steps == direct.epoch_steps == 3
+    for grouping, groups in direct.groups.items():
+        for name, found in groups.items():
+            kept = {metric: found[metric] for metric in ("users", *METRICS) if metric in found}
+            assert cell.groups[grouping][name] == pytest.approx(kept, abs=1e-6)
     assert [record["loss"] for record in cell.history] == pytest.approx(direct.losses, abs=1e-5)
     history = read_history(folder / "direct" / "history.jsonl")
     assert cell.history[1]["validation"]["NDCG@10"] == pytest.approx(history[1]["validation"]["NDCG@10"], abs=1e-6)
@@ -458,9 +463,7 @@ def test_real_training(folder, one_row):
     assert set(cell.versions) == {"jax", "flax", "optax", "sevo_optax"}
 
 
-def test_workers_share_the_cells(one_row, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+def test_workers_share_the_cells(one_row):
     reproduce(workers=2, arms=("sevo-adamw",))
     assert cells() == ["tiny-sasrec-bce-sevo-adamw-seed0", "tiny-sasrec-bce-sevo-adamw-seed1"]
 
@@ -541,7 +544,7 @@ class TestReport:
         ]
         assert details[6:] == [f"{mean:.4f}", "2", "2", "3.00", "1.5"]
         assert self.lines(results, "| sevo-adamw, paper")[0][5] == "0.3300 ± 0.0100"
-        assert self.lines(results, "| sevo-adamw | 2 ") == [
+        assert self.lines(results, "| sevo-adamw | 2 |") == [
             ["sevo-adamw", "2", "0.500", "0.500", "0.400 – 0.600", "+0.0%"]
         ]
         assert self.lines(results, "| someone else")[0][5] == "0.4000 ± 0.0100"
@@ -574,6 +577,54 @@ class TestReport:
             "| sevo-adamw (beta 0.5) | 0.3000 | 0.4000 | – |",
             "| sevo-adamw (beta 0.9) | 0.2000 | 0.3000 | 0.6000 |",
         ]
+
+    def test_time_to_quality(self, folder, trained, monkeypatch):
+        reproduce(seeds=2)
+        curves = {
+            "adamw": [0.1, 0.3, 0.2],
+            "sevo-adamw-beta0.5": [0.4, 0.5, 0.5],
+            "sevo-adamw-beta0.9": [0.1, 0.1, 0.29],
+        }
+        for name, values in curves.items():
+            for seed in (0, 1):
+                path = Path(f"results/tiny/tiny-sasrec-ce-{name}-seed{seed}.json")
+                history = [
+                    {"epoch": 5 * i, "loss": 1.0, "validation": {"NDCG@10": value - seed / 10}}
+                    for i, value in enumerate(values, 1)
+                ]
+                dataclasses.replace(Cell.read(path), history=history, epoch_steps=7 if seed else 8).write(path)
+        drawn = []
+        monkeypatch.setattr(
+            plots, "training_curves", lambda runs, path, **options: drawn.append((runs, options["goal"]))
+        )
+        reproduce(report=True)
+        start = "| trained until adamw's best validation NDCG@10 |"
+        text = self.text(Path("results"))
+        header, _, *lines = text[text.rindex(start) :].splitlines()[:5]
+        assert header == f"{start} seeds that reach it | epochs | steps | seconds |"
+        assert lines == [
+            "| adamw | 2 of 2 | 10 ± 0 | 75 ± 7 | 30.0 ± 0.0 |",
+            "| sevo-adamw (beta 0.5) | 2 of 2 | 5 ± 0 | 38 ± 4 | 15.0 ± 0.0 |",
+            "| sevo-adamw (beta 0.9) | 0 of 2 | not reached | – | – |",
+        ]
+        runs, goal = drawn[1]
+        assert goal == plots.Goal("best of adamw", pytest.approx(0.25))
+        assert [run.arrival for run in runs] == [
+            plots.Arrival(10, 0.0, 0),
+            plots.Arrival(5, 0.0, 0),
+            plots.Arrival(None, None, 2),
+        ]
+
+        for path in Path("results/tiny").glob("*.json"):  # as earlier versions wrote them
+            dataclasses.replace(Cell.read(path), epoch_steps=None, groups={}).write(path)
+        reproduce(report=True)
+        text = self.text(Path("results"))
+        assert text[text.rindex(start) :].startswith(f"{start} seeds that reach it | epochs | seconds |")
+
+        Path("results/tiny/tiny-sasrec-bce-sevo-adamw-seed0.json").unlink()
+        Path("results/tiny/tiny-sasrec-bce-sevo-adamw-seed1.json").unlink()
+        reproduce(report=True)
+        assert self.text(Path("results")).count("| trained until") == 1  # of the row that has more than plain AdamW
 
     def test_comes_from_the_cells_alone_and_stays_the_same(self, results, monkeypatch):
         before = (results / "README.md").read_bytes()

@@ -82,7 +82,7 @@ class TestOthersFiles:
         assert (tmp_path / ".gitignore").read_text() == "*"
 
     def test_overwriting_removes_what_a_run_writes_and_no_more(self, prepared, trained):
-        train(prepared, trained, overwrite=True, tensorboard=True, per_user=True)
+        train(prepared, trained, overwrite=True, logger=("tensorboard",), per_user=True)
         mine = [
             "notes.txt",
             "model.jaxexport",
@@ -137,7 +137,7 @@ class TestResuming:
     @pytest.mark.parametrize("how", ["the same", "tensorboard", "patience"])
     def test_a_finished_run_stays_as_it_is(self, prepared, trained, how):
         before = contents(trained)
-        options = {"the same": {}, "tensorboard": {"tensorboard": True}, "patience": {"patience": 2}}[how]
+        options = {"the same": {}, "tensorboard": {"logger": ("tensorboard",)}, "patience": {"patience": 2}}[how]
         result = train(prepared, trained, resume=True, **options)
         assert len(result.losses) == 6
         assert contents(trained) == before
@@ -224,9 +224,8 @@ def as_of_old(folder, **fields):
     kept = {name: values[name] for name in ("optimizer", "config", "num_items", "data")}
     (folder / "run.json").write_text(json.dumps({"format": 1} | kept | fields))
     result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(
-        json.dumps({name: x for name, x in result.items() if name not in ("format", "seeds_together")})
-    )
+    later = ("format", "seeds_together", "epoch_steps", "groups")
+    (folder / "result.json").write_text(json.dumps({name: x for name, x in result.items() if name not in later}))
     for epoch in Checkpoints(folder).epochs():
         checkpoint = Checkpoints(folder).load(epoch)
         shutil.rmtree(folder / "checkpoints" / str(epoch))
@@ -285,7 +284,7 @@ class TestDamage:
 
     def test_a_result_of_a_later_version(self, prepared, trained):
         values = json.loads((trained / "result.json").read_text())
-        (trained / "result.json").write_text(json.dumps(values | {"format": 2, "wings": 2}))
+        (trained / "result.json").write_text(json.dumps(values | {"format": 3, "wings": 2}))
         with pytest.raises(ValueError, match=r"result\.json was written by a later version .*update it, or delete it"):
             train(prepared, trained, resume=True)
 

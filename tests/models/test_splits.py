@@ -11,7 +11,8 @@ import pytest
 from models.__main__ import main
 from models.architectures.registry import make_config
 from models.architectures.sasrec import SASRec
-from models.data import Interactions, global_time, leave_one_out, make_split
+from models.config import SourceConfig
+from models.data import Interactions, cold_start, global_time, leave_one_out, make_split, split_interactions
 from models.data.splits import seconds_since_1970
 from models.evaluation.ranking import FullRanking
 from models.feeds import NegativeSampler, pack
@@ -49,6 +50,41 @@ def by_hand(users, begin, end):
         if before and behind and behind[0][0] < end:
             found[user] = (before, behind[0][1])
     return found
+
+
+class TestColdStart:
+    def split(self, share=0.25, seed=0):
+        rng = np.random.default_rng(seed)
+        data = Interactions.from_sequences([rng.permutation(20)[:8] + 1 for _ in range(50)], num_items=20)
+        return leave_one_out(data), split_interactions(data, SourceConfig(cold_items=share))
+
+    def test_cold_items_are_predicted_and_never_seen(self):
+        whole, split = self.split()
+        cold = set(range(1, 21)) - set(split.train.items.tolist())
+        assert len(cold) == 5
+        assert (
+            split.protocol == "leave-one-out; 5 cold items without training interactions, and only they are predicted"
+        )
+        for name in ("validation", "test"):
+            before = as_dict(getattr(whole, f"{name}_history"), getattr(whole, name))
+            after = as_dict(getattr(split, f"{name}_history"), getattr(split, name))
+            expected = {u: ([x for x in row if x not in cold], t) for u, (row, t) in before.items() if t in cold}
+            assert after == expected
+            assert len(after) > 5
+        assert as_dict(split.train) == {u: [x for x in row if x not in cold] for u, row in as_dict(whole.train).items()}
+
+    def test_the_same_items_in_every_run_on_a_catalogue(self):
+        (_, one), (_, other) = self.split(seed=1), self.split(seed=2)
+        assert set(one.train.items.tolist()) == set(other.train.items.tolist())
+        fewer = set(self.split(share=0.1)[1].train.items.tolist())
+        assert set(one.train.items.tolist()) < fewer
+
+    def test_nothing_to_predict_or_to_train_on(self):
+        data = Interactions.from_sequences([[1, 2, 3], [2, 3, 1]], num_items=1000)
+        with pytest.raises(ValueError, match="none of 10 cold items is anybody's validation item; give a larger share"):
+            cold_start(leave_one_out(data), 0.01)
+        with pytest.raises(ValueError, match="cold_items: "):
+            cold_start(leave_one_out(data), 0.999)
 
 
 class TestGlobalTime:

@@ -321,7 +321,7 @@ def test_diagnostics_describe_the_next_step_and_change_nothing(prepared, tmp_pat
 
 
 def test_scalars_for_tensorboard(prepared, tmp_path):
-    config = dataclasses.replace(CONFIG, epochs=2, tensorboard=True, diagnostics=True)
+    config = dataclasses.replace(CONFIG, epochs=2, logger=("tensorboard",), diagnostics=True)
     result = loop.train(prepared, config, "sevo-adamw", tmp_path)
     (file,) = (tmp_path / "tensorboard").iterdir()
     found = {}

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.experimental import sparse
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sevo_optax import sevo, sevo_adamw, smooth, smoothness, state_axes
+from sevo_optax import graph, sevo, sevo_adamw, smooth, smoothness, state_axes, with_graphs, without_graphs
 from tests.jax_names import set_mesh
 from tests.sevo_optax import reference
 
@@ -33,7 +34,10 @@ def place(x, kind, spec):
 
 
 def communication(function, *args):
-    text = jax.jit(function).lower(*args).compile().as_text()
+    return collectives(jax.jit(function).lower(*args).compile().as_text())
+
+
+def collectives(text):
     return re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
 
 
@@ -183,6 +187,126 @@ def check_seeds_on_their_own_devices():
         for _ in range(2):
             updates, state = step(placed, state, placed)
         assert_close(updates, expected)
+
+
+def split_over(kind):
+    return NamedSharding(mesh_of(kind), P("a"))
+
+
+def check_split_graph_exchanges_once_a_layer():
+    """Split rows: one all-to-all a layer of the rows that are needed, and nothing else."""
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        for num_layers in (1, 3) if kind == AxisType.Explicit else (2,):
+            tx = sevo(WEIGHTS, num_layers=num_layers, graph_sharding=split_over(kind))
+            x = place(X, kind, ROWS)
+            state = tx.init(x)
+            compiled = jax.jit(tx.update).lower(x, state).compile()
+            text = compiled.as_text()
+            assert collectives(text) == ["all-to-all"] * num_layers
+            summary = graph.shard(WEIGHTS, 4).summary()
+            assert state.graph.send.shape == (4, 4, summary.exchanged)
+            assert state.graph.data.shape == (4, summary.entries)
+            exchanged = exchanged_bytes(text)
+            # A device's own part of the exchange stays with it.
+            assert exchanged == num_layers * summary.bytes_per_layer(DIM) * 4 // 3, (exchanged, summary)
+            assert all(len(part.sharding.device_set) == 4 for part in state.graph)
+            assert all(part.addressable_shards[0].data.shape[0] == 1 for part in state.graph)
+            updates, new = compiled(x, state)
+            assert_close(updates, smooth(X, WEIGHTS, num_layers=num_layers))
+            assert updates.sharding.is_equivalent_to(x.sharding, 2)
+            assert all(part.sharding.is_equivalent_to(state.graph.data.sharding, part.ndim) for part in new.graph)
+
+
+def exchanged_bytes(text):
+    """Bytes of all arrays that all-to-alls of a program return on one device."""
+    total = 0
+    for shapes in re.findall(r"= (.*?) all-to-all(?:-start)?\(", text):
+        for dims in re.findall(r"f32\[([\d,]*)\]", shapes):
+            total += 4 * int(np.prod([int(size) for size in dims.split(",")]))
+    return total
+
+
+def check_split_graph_gives_the_same_numbers():
+    odd, weights = X[:-1], WEIGHTS[:-1, :-1]  # JAX has no arrays whose rows are split unevenly
+    cases = [(AxisType.Auto, COLUMNS, X, WEIGHTS), (AxisType.Auto, None, odd, weights)]
+    cases += [(AxisType.Explicit, COLUMNS, odd, weights), (AxisType.Explicit, None, X, WEIGHTS)]
+    for kind, spec, table, edges in cases:
+        x = table if spec is None else place(table, kind, spec)
+        tx = sevo(edges, graph_sharding=split_over(kind), beta=0.9)
+        updates, _ = jax.jit(tx.update)(x, tx.init(x))
+        assert_close(updates, smooth(table, edges, beta=0.9))
+        # Where sharding is left to the compiler, it decides.
+        assert kind == AxisType.Auto or spec is None or updates.sharding.is_equivalent_to(x.sharding, 2)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        x = place(X, kind, ROWS)
+        options = {"method": "iterative", "beta": 0.4, "num_layers": 1, "normalize": False}
+        tx = sevo(graph.shard(WEIGHTS / 50, 4), graph_sharding=split_over(kind), **options)
+        assert_close(tx.update(x, tx.init(x))[0], smooth(X, WEIGHTS / 50, **options))
+
+
+def check_split_graph_on_two_axes():
+    """Columns over one axis, rows over another; rows over both; kernels; stacked tables, each padded by itself."""
+    expected = smooth(X, WEIGHTS)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind))
+        cases = [(("b",), P("b", "a")), (("b",), P("a", "b")), (("a", "b"), P(("a", "b"), None))]
+        for rows, spec in cases if kind == AxisType.Explicit else cases[:1]:
+            tx = sevo(WEIGHTS, graph_sharding=NamedSharding(mesh, P(rows)), node_axis=0)
+            x = jax.device_put(X, NamedSharding(mesh, spec))
+            updates, _ = jax.jit(tx.update)(x, tx.init(x))
+            assert_close(updates, expected)
+            assert kind == AxisType.Auto or updates.sharding.is_equivalent_to(x.sharding, 2)
+        tx = sevo(WEIGHTS, graph_sharding=NamedSharding(mesh, P("a")), node_axis=1)
+        x = jax.device_put(X.T, NamedSharding(mesh, P("b", "a")))
+        assert_close(jax.jit(tx.update)(x, tx.init(x))[0], expected.T)
+        tx = sevo(WEIGHTS, ("user", "item"), graph_sharding=NamedSharding(mesh, P(("a", "b"))))
+        tree = {"user": X[:17], "item": X[17:], "bias": np.ones(3, np.float32)}
+        state = tx.init(tree)
+        assert state.graph.indptr.shape == (4, 5 + 6 + 1)
+        updates, _ = jax.jit(tx.update)(tree, state)
+        assert_close(np.concatenate([updates["user"], updates["item"]]), expected)
+        tree = {"user": X[:16], "item": X[16:]}
+        tree = {name: jax.device_put(x, NamedSharding(mesh, P(("a", "b")))) for name, x in tree.items()}
+        assert communication(tx.update, tree, tx.init(tree)) == ["all-to-all"] * 3  # each device stacks its own rows
+
+
+def check_split_graph_in_an_optimizer():
+    """Batches, derivatives, checkpoints and other numbers of devices."""
+    kind = AxisType.Explicit
+    sharding = split_over(kind)
+    whole, split = (sevo_adamw(0.1, WEIGHTS, graph_sharding=s) for s in (None, sharding))
+    params = place(X, kind, ROWS)
+    expected, updates = X, params
+    old, new = whole.init(X), split.init(params)
+    step = jax.jit(split.update)
+    for _ in range(2):
+        expected, old = whole.update(expected, old, X)
+        updates, new = step(updates, new, params)
+        saved = jax.device_get(without_graphs(new))
+        assert sum(leaf.size for leaf in jax.tree.leaves(saved)) == 2 * X.size + 2
+        new = with_graphs(without_graphs(new), split.init(params))
+    assert_close(updates, expected)
+    assert communication(split.update, params, new, params) == ["all-to-all"] * 3
+    half = NamedSharding(jax.make_mesh((2,), ("a",), axis_types=(kind,)), P("a"))
+    fewer = sevo_adamw(0.1, WEIGHTS, graph_sharding=half)
+    assert_close(fewer.update(X, with_graphs(saved, fewer.init(X)), X)[0], whole.update(X, old, X)[0])
+    with pytest.raises(ValueError, match="holds 4 shards of 10 rows, but graph_sharding asks for 2 shards of 20"):
+        fewer.update(X, new, X)
+
+    tx = sevo(WEIGHTS, graph_sharding=sharding)
+    seeds = place(np.stack([X, 2 * X, -X]), kind, P(None, "a"))
+    state = tx.init(X)
+    axes = state_axes(state)._replace(count=None)
+    update = jax.vmap(tx.update, in_axes=(0, axes), out_axes=(0, axes))
+    assert_close(jax.jit(update)(seeds, state)[0][2], -smooth(X, WEIGHTS))
+    assert communication(update, seeds, state) == ["all-to-all"] * 3
+
+    def loss(x, tx=tx, state=state):
+        return jnp.sum(jnp.sin(tx.update(x, state)[0]))
+
+    derivative = jax.jit(jax.grad(loss))(params)
+    wanted = jax.grad(lambda x: jnp.sum(jnp.sin(smooth(x, WEIGHTS))))(X)
+    assert_close(derivative, wanted)
 
 
 def check_inside_shard_map():

@@ -3,6 +3,7 @@ import itertools
 import os
 import pickle
 import sqlite3
+import tracemalloc
 from pathlib import Path
 
 import hypothesis
@@ -458,6 +459,62 @@ def test_from_parquet_equals_from_edges(reader, tmp_path, small_chunks):
             np.testing.assert_allclose(result, expected, rtol=1e-6)
     first = graph.from_edges(sources[:15], targets[:15], weights[:15], num_nodes=5)
     np.testing.assert_allclose(check(graph.from_parquet(parts[0], num_nodes=5), 5), check(first, 5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("symmetrize", SYMMETRIZE)
+def test_from_parquet_in_shards_equals_the_rows_of_the_whole(reader, tmp_path, small_chunks, symmetrize):
+    rng = np.random.default_rng(1)
+    sources, targets = rng.integers(0, 10, (2, 60))
+    weights = rng.random(60)
+    write(tmp_path / "edges.parquet", source=sources, target=targets, weight=weights)
+    options = {"num_nodes": 10, "symmetrize": symmetrize}
+    expected = graph.to_scipy(graph.from_edges(sources, targets, weights, **options)).toarray()
+    shards = graph.from_parquet(tmp_path, num_shards=4, **options)
+    assert [part.shape for part in shards] == [(3, 10)] * 3 + [(1, 10)]
+    np.testing.assert_allclose(np.concatenate([part.toarray() for part in shards]), expected, rtol=1e-6)
+    assert shards.summary() == graph.shard(expected, 4).summary()
+    # Two tables, each of them split: the rows of a shard are no single range.
+    some = shards.read([(1, 3), (7, 9)]).toarray()
+    np.testing.assert_allclose(some, expected[[1, 2, 7, 8]], rtol=1e-6)
+
+
+def test_from_parquet_in_shards_holds_one_shard(tmp_path, monkeypatch):
+    """Peak memory of reading a graph in eighths, against reading it whole; both hold a chunk of rows besides."""
+    rng = np.random.default_rng(0)
+    num_nodes, num_edges = 20_000, 400_000
+    sources, targets = rng.integers(0, num_nodes, (2, num_edges))
+    path = write(tmp_path / "edges.parquet", source=sources, target=targets, weight=rng.random(num_edges))
+    del sources, targets
+    monkeypatch.setattr(_matrices, "CHUNK", 10_000)
+
+    def peak(read):
+        tracemalloc.start()
+        result = read()
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used, result
+
+    graph.from_edges([0], [1], num_nodes=2)  # starts JAX
+    whole, weights = peak(lambda: graph.from_parquet(path, num_nodes=num_nodes))
+    shards = graph.from_parquet(path, num_nodes=num_nodes, num_shards=8)
+    part, _ = peak(lambda: [shards[k].nnz for k in (0, 7)])
+    edges_of_a_shard = weights.nse / 8
+    assert part < 48 * edges_of_a_shard + 100 * 10_000
+    assert part < whole / 4
+
+
+def test_from_parquet_in_shards_reads_what_an_engine_aggregated(tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    sequences, rows = interactions()
+    with duckdb.connect() as connection:
+        connection.execute("CREATE TABLE interactions (user_id BIGINT, item_id BIGINT, position BIGINT)")
+        connection.executemany("INSERT INTO interactions VALUES (?, ?, ?)", rows)
+        connection.execute(f"COPY ({graph.COOCCURRENCE_SQL}) TO '{tmp_path / 'edges.parquet'}' (FORMAT parquet)")
+    shards = graph.from_parquet(tmp_path, num_nodes=8, num_shards=3)
+    weights = graph.cooccurrence(sequences, 8, max_length=200)
+    np.testing.assert_allclose(
+        np.concatenate([part.toarray() for part in shards]), graph.to_scipy(weights).toarray(), rtol=1e-6
+    )
 
 
 def test_from_parquet_maps_columns(reader, tmp_path):

@@ -1,5 +1,7 @@
 """Nearest neighbours against a loop over all pairs in plain NumPy."""
 
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -165,9 +167,47 @@ def test_memory_is_bounded_by_blocks(monkeypatch):
     assert set(np.asarray(weights.indices)[np.asarray(weights.indices)[:, 0] == 999, 1].tolist()) == {0, 1}
 
 
+@every_metric
+@pytest.mark.parametrize("mutual", [False, True])
+def test_an_index_finds_nearly_the_same(rng, monkeypatch, metric, mutual):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(_knn, "_ROWS", 256)
+    vectors = rng.normal(size=(1500, 12)) * np.exp(0.3 * rng.normal(size=(1500, 1)))
+    vectors[7] = 0
+    calls = []
+    options = {"metric": metric, "mutual": mutual, "nodes": np.arange(1, 1500)}
+    expected = dense(graph.knn(vectors, 6, **options))
+    first = graph.knn(vectors, 6, method="approximate", progress=lambda *call: calls.append(call), **options)
+    actual = dense(first)
+    both = (actual > 0) & (expected > 0)
+    assert both.sum() > 0.97 * (expected > 0).sum()
+    np.testing.assert_array_equal(actual[both], expected[both])
+    assert calls == sorted(calls)
+    assert calls[-1] == (1499, 1499)
+    again = graph.knn(vectors, 6, method="approximate", **options)
+    np.testing.assert_array_equal(again.indices, first.indices)  # the same links, whatever the threads do
+    np.testing.assert_array_equal(again.data, first.data)
+
+
+@every_metric
+@pytest.mark.parametrize("k", [1, 4, 100])
+def test_an_index_of_few_vectors_equals_the_definition(rng, metric, k):
+    pytest.importorskip("faiss")
+    vectors = rng.normal(size=(40, 5))
+    actual = dense(graph.knn(vectors, k, metric=metric, method="approximate"))
+    np.testing.assert_allclose(actual, literal(vectors, k, metric), rtol=1e-6, atol=0)
+
+
+def test_an_index_needs_faiss(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"^method 'approximate' needs faiss, .*: pip install faiss-cpu, or take"):
+        graph.knn(np.ones((3, 2)), 1, method="approximate")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"method": "fast"}, ValueError, "method is 'fast'; wanted 'exact' or 'approximate'"),
         ({"k": 0}, ValueError, "k is 0; wanted a positive integer"),
         ({"k": 1.5}, TypeError, "k is 1.5"),
         ({"metric": "manhattan"}, ValueError, "metric is 'manhattan'; wanted 'cosine' or 'dot' or 'euclidean'"),

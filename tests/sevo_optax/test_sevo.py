@@ -369,7 +369,7 @@ def test_state_axes_moves_every_other_leaf(weights, table):
         ("smoothness", "x adjacency * normalize"),
         ("propagate", "adjacency x"),
         ("residual", "smoothed x adjacency * beta normalize"),
-        ("sevo", "adjacency tables * beta num_layers method rescale normalize node_axis"),
+        ("sevo", "adjacency tables * beta num_layers method rescale normalize node_axis graph_sharding"),
         ("scale_by_adam_corrected", "b1 b2 eps eps_root mu_dtype * nesterov tables node_axis"),
         (
             "adamw_corrected",
@@ -378,16 +378,17 @@ def test_state_axes_moves_every_other_leaf(weights, table):
         (
             "sevo_adamw",
             "learning_rate adjacency tables * b1 b2 eps eps_root mu_dtype weight_decay mask nesterov "
-            "beta num_layers method rescale normalize node_axis",
+            "beta num_layers method rescale normalize node_axis graph_sharding",
         ),
         (
             "sevo_adam",
             "learning_rate adjacency tables * b1 b2 eps eps_root mu_dtype nesterov "
-            "beta num_layers method rescale normalize node_axis",
+            "beta num_layers method rescale normalize node_axis graph_sharding",
         ),
         (
             "sevo_sgd",
-            "learning_rate adjacency tables * momentum nesterov beta num_layers method rescale normalize node_axis",
+            "learning_rate adjacency tables * momentum nesterov "
+            "beta num_layers method rescale normalize node_axis graph_sharding",
         ),
     ],
 )

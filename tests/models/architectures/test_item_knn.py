@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from models.architectures import item_knn
-from models.architectures.item_knn import ItemKNN, nearest_items
+from models.architectures.item_knn import ItemKNN, ItemKNNConfig, nearest_items
 from models.architectures.registry import make_config, make_model
 from models.data import Interactions, drifting_interests
 from models.feeds import pack
@@ -70,6 +70,19 @@ def test_no_part_counts_more_pairs_than_it_may():
     assert parts == [(0, 2), (2, 4), (4, 5), (5, 6), (6, 7), (7, 8)]
 
 
+def test_items_with_the_same_attributes(interactions, tmp_path):
+    """Which finds those that nobody has interacted with."""
+    table = tmp_path / "items.tsv"
+    table.write_text("item_id\tgenres\n1\tDrama|War\n34\tWar\n3\tComedy\n99\tWar\n5\tWar|Drama\n")
+    model = fitted(interactions, similarity="attributes", attributes=table, num_neighbors=5)
+    rows = {1: {5: 1, 34: 0.5**0.5}, 5: {1: 1, 34: 0.5**0.5}, 34: {1: 0.5**0.5, 5: 0.5**0.5}}
+    for item in range(35):
+        found = dict(zip(model.neighbors[item].tolist(), model.similarities[item].tolist(), strict=True))
+        assert {x: s for x, s in found.items() if s} == pytest.approx(rows.get(item, {}))
+    with pytest.raises(ValueError, match="attributes is not heeded by graph item-item"):
+        make_config("item-knn", attributes=table)
+
+
 def test_a_query_is_the_history_up_to_a_token(interactions):
     """Whoever shares the row, and whatever comes later."""
     model = fitted(interactions)
@@ -125,10 +138,10 @@ def test_the_state_is_no_parameter(interactions):
 def test_more_neighbours_than_there_are_items():
     interactions = Interactions.from_sequences([[1, 2], [2, 3]])
     model = ItemKNN(3, num_neighbors=50)
-    model.fit(interactions, None)
+    model.fit(interactions, ItemKNNConfig())
     assert model.neighbors[...].tolist() == [[0, 0], [2, 0], [1, 3], [2, 0]]
     alone = ItemKNN(1)
-    alone.fit(Interactions.from_sequences([[1]]), None)
+    alone.fit(Interactions.from_sequences([[1]]), ItemKNNConfig())
     assert alone.scores(jnp.array([[1]]), None).tolist() == [[0.0, 0.0]]
 
 

@@ -1,0 +1,321 @@
+"""What is searched: options of a model, each in a range or among some values."""
+
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+
+from models.architectures.registry import model_class
+from models.checks import LOSS_OPTIONS, shortened
+from models.config import GraphConfig, SourceConfig, TrainConfig
+
+FORMS = "NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C"
+# The ranges of names that are given none. A decay in the gradient (adam, sgd) is felt at far smaller values.
+USUAL = {
+    "learning_rate": "1e-4:1e-2:log",
+    "weight_decay": "1e-3:1:log",
+    "dropout_rate": "0:0.7",
+    "beta": "0.3:0.999",
+    "num_layers": "1:4",
+    "max_hops": "1:3",
+}
+DECAY_IN_GRADIENT = "1e-8:1e-2:log"
+# What decides whether others count stands first.
+FIRST = ("optimizer", "graph", "smoothing", "loss")
+# Options of smoothing, which plain optimizers do not heed.
+SMOOTHING = (
+    "beta",
+    "num_layers",
+    "smoothing",
+    "rescale",
+    "moment_correction",
+    *(field.name for field in dataclasses.fields(GraphConfig)),
+)
+# What names and describes a run, or decides what it is measured by: not the search's to choose.
+FIXED = (
+    *(field.name for field in dataclasses.fields(SourceConfig)),
+    *("model", "epochs", "eval_every", "patience", "ks", "exclude_seen", "seed"),
+    *("per_user", "diagnostics", "keep_epochs", "logger"),
+    *("graph_weights", "attributes", "attribute_item_column", "attribute_column"),
+)
+
+
+class Trial(Protocol):
+    """What is asked for values: a trial of optuna, which is not imported for it."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool) -> float:
+        """A number of a range."""
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool) -> int:
+        """A whole number of a range."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[str]) -> str:
+        """One of some texts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included.
+
+    Attributes:
+      name: the field.
+      low: the smallest; whole numbers are searched where it and ``high`` are of the type int.
+      high: the largest.
+      log: whether equal factors count alike, not equal differences.
+    """
+
+    name: str
+    low: float
+    high: float
+    log: bool = False
+
+    def suggest(self, trial: Trial) -> float:
+        """A value for a trial."""
+        ask = trial.suggest_int if isinstance(self.low, int) else trial.suggest_float
+        return ask(self.name, self.low, self.high, log=self.log)
+
+    def stored(self, value: Any) -> Any:
+        """What the search calls a value of the field; None: it is outside."""
+        return value if isinstance(value, int | float) and self.low <= value <= self.high else None
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """Values that must be allowed for all to be."""
+        return (self.low, self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Some values.
+
+    Attributes:
+      name: the field.
+      values: value by the text that stood on the command line.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+
+    def suggest(self, trial: Trial) -> Any:
+        """A value for a trial."""
+        return self.values[trial.suggest_categorical(self.name, list(self.values))]
+
+    def stored(self, value: Any) -> Any:
+        """What the search calls a value of the field; None: it is not among them."""
+        return next((text for text, mine in self.values.items() if mine == value), None)
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """Values that must be allowed for all to be."""
+        return tuple(self.values.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """A configuration, and which of its options are searched.
+
+    Attributes:
+      base: the configuration of everything else; where the graph is searched, without attributes.
+      searched: the options, those that decide about others first.
+      attributes: the table that graphs of attributes are built from, where the graph is searched.
+    """
+
+    base: TrainConfig
+    searched: tuple[Range | Choices, ...]
+    attributes: Path | None = None
+
+    def suggest(self, trial: Trial) -> dict[str, Any]:
+        """Values for a trial, by field, of those options that count with the others' values."""
+        values: dict[str, Any] = {}
+        for option in self.searched:
+            if heeds(self._with(values), option.name):
+                values[option.name] = option.suggest(trial)
+        return values
+
+    def config(self, values: Mapping[str, Any]) -> TrainConfig:
+        """The checked configuration with these values.
+
+        Raises:
+          ValueError: if they do not fit together.
+        """
+        return self._with(values).checked()
+
+    def start(self) -> dict[str, Any] | None:
+        """The configuration's own values as the search calls them; None: one is not in its range."""
+        found = {
+            option.name: option.stored(getattr(self.base, option.name))
+            for option in self.searched
+            if heeds(self.base, option.name)
+        }
+        return None if None in found.values() else found
+
+    def describe(self) -> list[str]:
+        """The options as :func:`parse_space` reads them."""
+        return [_describe(option) for option in self.searched]
+
+    def _with(self, values: Mapping[str, Any]) -> TrainConfig:
+        attributes = self.attributes if "attributes" in values.get("graph", ()) else self.base.attributes
+        return dataclasses.replace(self.base, **values, attributes=attributes) if values else self.base
+
+
+def heeds(config: TrainConfig, name: str) -> bool:
+    """Whether an option makes a difference to a configuration.
+
+    >>> from models.architectures.registry import make_config
+    >>> heeds(make_config(), "beta"), heeds(make_config(optimizer="adamw"), "beta")
+    (True, False)
+    """
+    if name in SMOOTHING and not config.optimizer.startswith("sevo-"):
+        return False
+    if name in ("max_hops", "graph_max_length", "graph_keep", "graph_weighting"):
+        return "item-item" in config.graph
+    if name == "num_layers":
+        return config.smoothing != "exact"
+    return config.loss in LOSS_OPTIONS.get(name, (config.loss,))
+
+
+def parse_space(texts: Sequence[str], values: Mapping[str, Any]) -> Space:
+    """Reads what is searched.
+
+    Args:
+      texts: ``name=low:high``, ``name=low:high:log``, ``name=a,b,c``, or a name that has a usual range; none: all
+        names with a usual range that the model has and heeds.
+      values: the fields of everything else's configuration; ``model`` says of which model.
+
+    Raises:
+      ValueError: if a name, a range or a value is not one, or the configuration is not; in one line.
+
+    Examples:
+      >>> parse_space(["beta=0.5:0.99", "num-layers=1,3"], {"model": "sasrec"}).describe()
+      ['beta=0.5:0.99', 'num-layers=1,3']
+    """
+    kind = model_class(values["model"]).config_class
+    attributes = values.get("attributes")
+    graphs = [text for text in texts if _field(text) == "graph"]
+    searches_graph = bool(graphs) or (not texts and attributes is not None)
+    if searches_graph and values.get("graph_weights"):
+        raise ValueError("graph_weights belong to one choice of graphs; leave them out, or do not search for the graph")
+    # Attributes without their graph are refused; here they are for those trials that have it.
+    base = kind.from_dict(dict(values) | ({"attributes": None} if searches_graph else {})).checked()
+    if not texts:
+        usual = {name: _usual(name, base) for name in USUAL if name in _hints(kind)}
+        if attributes is not None or model_class(base.model).query == "user":
+            usual["graph"] = _usual_graphs(base, attributes)
+        texts = [f"{name}={value}" for name, value in usual.items() if heeds(base, name)]
+        if not texts:
+            raise ValueError(f"search must name options of {base.model}, which has none of {', '.join(USUAL)}")
+    searched = [_parse(text, base, attributes) for text in texts]
+    names = [option.name for option in searched]
+    if len(set(names)) < len(names):
+        raise ValueError(f"search must name each option once, got {' '.join(names)}")
+    searched.sort(key=lambda option: option.name not in FIRST)
+    space = Space(base, tuple(searched), attributes if searches_graph else None)
+    deciding = [option.name for option in searched if option.name in FIRST]
+    for option in searched:
+        if not deciding and not heeds(base, option.name):
+            raise ValueError(
+                f"search: {option.name} makes no difference with these options ({_why(base, option.name)})"
+            )
+        for value in option.ends:
+            if option.name in FIRST or heeds(base, option.name):
+                space.config({option.name: value})
+    return space
+
+
+def _why(base: TrainConfig, name: str) -> str:
+    if name in SMOOTHING and not base.optimizer.startswith("sevo-"):
+        return f"optimizer {base.optimizer}"
+    return f"loss {base.loss}, smoothing {base.smoothing}, graph {' '.join(base.graph)}"
+
+
+def _field(text: str) -> str:
+    return text.partition("=")[0].strip().replace("-", "_")
+
+
+def _hints(kind: type[TrainConfig]) -> dict[str, Any]:
+    """The types of the options that may be searched."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.name not in FIXED}
+
+
+def _usual(name: str, base: TrainConfig) -> str:
+    in_gradient = base.optimizer in ("adam", "sgd", "sevo-adam", "sevo-sgd")
+    return DECAY_IN_GRADIENT if name == "weight_decay" and in_gradient else USUAL[name]
+
+
+def _usual_graphs(base: TrainConfig, attributes: Path | None) -> str:
+    users = ["user-item"] if model_class(base.model).query == "user" else []
+    theirs = ["attributes", "item-item+attributes"] if attributes is not None else []
+    return ",".join(["item-item", *users, *theirs])
+
+
+def _parse(text: str, base: TrainConfig, attributes: Path | None) -> Range | Choices:
+    """One option."""
+    name, (_, equals, wanted) = _field(text), text.partition("=")
+    hints = _hints(type(base))
+    if name not in hints:
+        known = ", ".join(sorted(name.replace("_", "-") for name in hints))
+        raise ValueError(f"search: {shortened(text)} names no option that may be searched; those are {known}")
+    if not equals:
+        if name not in (*USUAL, "graph"):
+            raise ValueError(f"search: {name} has no usual range; give {FORMS}, got {shortened(text)}")
+        wanted = _usual_graphs(base, attributes) if name == "graph" else _usual(name, base)
+    kind = _bare(hints[name])
+    if kind in (int, float) and ":" in wanted:
+        return _range(name, kind, wanted)
+    values = {part.strip(): _value(name, kind, part.strip()) for part in wanted.split(",")}
+    if name == "graph":
+        named = {graph for value in values.values() for graph in value}
+        if "attributes" in named and attributes is None:
+            raise ValueError("search: the graph of attributes needs --attributes, a .tsv or .csv with one line an item")
+        if "user-item" in named and model_class(base.model).query != "user":
+            raise ValueError(f"search: the graph user-item needs a table of users, which {base.model} does not have")
+    if len(values) < 2:
+        raise ValueError(f"search: {name} must be {FORMS} with two values or more, got {shortened(text)}")
+    return Choices(name, values)
+
+
+def _range(name: str, kind: type, wanted: str) -> Range:
+    low, high, *scale = wanted.split(":")
+    if scale not in ([], ["log"]):
+        raise ValueError(f"search: {name} must be {FORMS}, got {shortened(wanted)}")
+    found = Range(name, _value(name, kind, low), _value(name, kind, high), bool(scale))
+    if not found.low < found.high:
+        raise ValueError(f"search: {name} must ascend from LOW to HIGH, got {shortened(wanted)}")
+    if found.log and not found.low > 0:
+        raise ValueError(f"search: {name} must begin above 0 to be searched by its logarithm, got {shortened(wanted)}")
+    return found
+
+
+def _bare(kind: Any) -> Any:
+    """A type without None."""
+    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
+        return next(option for option in get_args(kind) if option is not type(None))
+    return kind
+
+
+def _value(name: str, kind: Any, text: str) -> Any:
+    """A text as a value of a field's type."""
+    if get_origin(kind) is tuple:
+        return tuple(text.split("+"))
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise ValueError(f"search: {name} must be among {', '.join(get_args(kind))}, got {shortened(text)}")
+        return text
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(f"search: {name} must be among true, false, got {shortened(text)}")
+        return text == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"search: {name} must be made of {what}, as {FORMS}, got {shortened(text)}") from None
+
+
+def _describe(option: Range | Choices) -> str:
+    name = option.name.replace("_", "-")
+    if isinstance(option, Choices):
+        return f"{name}={','.join(option.values)}"
+    return f"{name}={option.low}:{option.high}" + (":log" if option.log else "")
