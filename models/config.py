@@ -34,6 +34,7 @@ Duplicates = Literal["all", "exact", "first", "last"]
 SplitMethod = Literal["leave-one-out", "global-time"]
 Keep = Literal["last", "first"]
 Weighting = Literal["distance", "frequency"]
+TableSharding = Literal["columns", "rows"]
 # What test users are grouped by, to see who gains.
 Grouping = Literal["popularity", "length"]
 Metric = Literal["cosine", "dot", "euclidean"]
@@ -125,6 +126,26 @@ class GraphConfig:
     """Its column of item ids, as they are in the data."""
     attribute_column: str = "genres"
     """Its column of attributes, several separated by '|'."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions:
+    """Which devices a run is on. They change what it costs, and its numbers by no more than rounding."""
+
+    mesh: str | None = None
+    """Devices, such as data=4,model=2: batches are split over data, tables and their moments over model (left out: one
+    device)."""
+    table_sharding: TableSharding = "columns"
+    """mesh: columns: tables are split along their width, and smoothing needs no exchange. rows: along their rows."""
+    coordinator: str | None = None
+    """Several processes train together: host and port of the first, such as 10.0.0.1:1234 (left out: what
+    JAX_COORDINATOR_ADDRESS says, or one process)."""
+    num_processes: int | None = None
+    """coordinator: how many processes there are (left out: what JAX_NUM_PROCESSES says)."""
+    process_id: int | None = None
+    """coordinator: which of them this is, from 0; the first writes the results (left out: JAX_PROCESS_ID)."""
+    join_timeout: int = 300
+    """coordinator: seconds that the processes wait for each other at the start."""
 
 
 @dataclasses.dataclass(frozen=True)

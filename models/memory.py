@@ -113,13 +113,14 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
     return needs
 
 
-def check_memory(needs: Sequence[Need], config: Any, *, room: int | None = None) -> None:
+def check_memory(needs: Sequence[Need], config: Any, *, room: int | None = None, num_devices: int = 1) -> None:
     """Refuses what cannot fit, before anything is allocated.
 
     Args:
       needs: what will be needed at the same time.
       config: holds the options that the needs name.
       room: how much there is, in bytes; None: :func:`memory_size`.
+      num_devices: how many devices share what is needed, each with memory of its own unless they are CPUs.
 
     Raises:
       OutOfMemoryError: if together they exceed it; it names the largest of them, and the option that lowers it.
@@ -131,7 +132,7 @@ def check_memory(needs: Sequence[Need], config: Any, *, room: int | None = None)
       models.memory.OutOfMemoryError: embedding_dim 64: training needs about 3.0 GiB of memory, and there are 1.0 GiB;
       3.0 GiB are for the table; lower --embedding-dim
     """
-    room = memory_size() if room is None else room
+    room = memory_size(num_devices) if room is None else room
     total = sum(need.size for need in needs)
     if total <= room:
         return
@@ -145,14 +146,14 @@ def check_memory(needs: Sequence[Need], config: Any, *, room: int | None = None)
     )
 
 
-def memory_size() -> int:
-    """The bytes that training may use: those of the device, or on a CPU of the machine or the container."""
+def memory_size(num_devices: int = 1) -> int:
+    """The bytes that training may use: those of the devices, or on a CPU of the machine or the container."""
     import jax
 
     device = jax.local_devices()[0]
     statistics = device.memory_stats() or {}
     if device.platform != "cpu" and "bytes_limit" in statistics:
-        return statistics["bytes_limit"]
+        return statistics["bytes_limit"] * num_devices
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"

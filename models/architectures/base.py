@@ -20,6 +20,7 @@ from flax import nnx
 
 from models.config import SequenceConfig, TrainConfig
 from models.data import Interactions
+from models.mesh import DATA, constrain, current_mesh
 
 FeedName = Literal["sequences", "prefixes", "pairs", "none"]
 NodeSet = Literal["items", "users+items"]
@@ -237,7 +238,8 @@ def look_up(table: jax.Array, *indices: jax.Array | None) -> tuple[jax.Array | N
 
     Args:
       table: shape (rows, dim).
-      indices: int32 arrays of any shape; None: nothing.
+      indices: int32 arrays of any shape; None: nothing. The first of several belongs to the batch, a row
+        each: on a mesh its embeddings are split as batches are.
 
     Returns:
       For each, an array of its shape with the rows behind; None for None.
@@ -248,6 +250,12 @@ def look_up(table: jax.Array, *indices: jax.Array | None) -> tuple[jax.Array | N
       >>> first.tolist(), nothing, second.tolist()
       ([[20.0], [10.0]], None, [[[0.0]]])
     """
+    if current_mesh() is not None:
+        # Joined and cut again, indices that are split over devices would be exchanged.
+        apart = [None if index is None else table[index] for index in indices]
+        if len(apart) > 1 and apart[0] is not None:
+            apart[0] = constrain(apart[0], DATA)  # what follows needs whole rows, however the table is split
+        return tuple(apart)
     asked = [index for index in indices if index is not None]
     rows = table[jnp.concatenate([index.ravel() for index in asked])]
     found, start = [], 0

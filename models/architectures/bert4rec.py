@@ -215,7 +215,7 @@ class BERT4Rec(SequenceRecommender):
         if self.output_embedding is None:
             embedded, rows = look_up(table, batch.inputs, candidates)
         else:
-            (embedded,) = look_up(table, batch.inputs)
+            embedded, _ = look_up(table, batch.inputs, None)
             rows = None if candidates is None else self.output_embedding(candidates)
         keys = split_keys(key, len(self.blocks) + 1)
         x = self.norm((embedded + self.position_embedding(batch.positions)).astype(self.dtype))

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from models import processes
 from models.checks import check_graph, check_numbers, check_split
 from models.cli.commands import Evaluate, Export, Recommend, load_and_describe
 from models.cli.parsing import parse
-from models.config import OPTIMIZERS, SELECTION, GraphConfig, Optimizer, SourceConfig, TrainConfig
+from models.config import OPTIMIZERS, SELECTION, DeviceOptions, GraphConfig, Optimizer, SourceConfig, TrainConfig
 from models.memory import out_of_memory_told
 from models.report import Report
 from models.reproduce import Reproduce
@@ -24,6 +25,10 @@ from models.training import progress
 from models.training.files import make_folder
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from models.config import TableSharding
+    from models.training.layout import Layout
     from models.training.training_data import TrainingData
 
 # JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
@@ -58,7 +63,7 @@ class RunOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(RunOptions):
+class Train(RunOptions, DeviceOptions):
     """Train one model and test it at its best epoch."""
 
     output_dir: Path = Path("runs/train")
@@ -66,13 +71,33 @@ class Train(RunOptions):
 
     def run(self) -> None:
         """Trains, and prints where the results are."""
-        from models.training import loop
-
         self._check_output()
         config = _config(self)
-        prepared = _prepare(config, self.output_dir)
+        _check_mesh(self, config)
+        if self.mesh is not None and processes.join(self):
+            with processes.together(), progress.silent(self.quiet or not processes.is_first()):
+                self._train(config)
+        else:
+            self._train(config)
+
+    def _train(self, config: TrainConfig) -> None:
+        from models.training import loop
+
+        mesh = None
+        if self.mesh is not None:
+            from models.mesh import make_mesh
+
+            mesh = make_mesh(self.mesh)
+        prepared = _prepare(config, self.output_dir, 1 if mesh is None else mesh.size)
+        layout = None if mesh is None else _layout(mesh, self.table_sharding, config, prepared)
         result = loop.train(
-            prepared, config, config.optimizer, self.output_dir, resume=self.resume, overwrite=self.overwrite
+            prepared,
+            config,
+            config.optimizer,
+            self.output_dir,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            layout=layout,
         )
         memory = f", peak memory {result.peak_memory / 2**30:.2f} GiB" if result.peak_memory else ""
         print(
@@ -276,7 +301,35 @@ def _values(command: Any) -> dict[str, Any]:
     return {field.name: getattr(command, field.name) for field in dataclasses.fields(kind)}
 
 
-def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":
+def _check_mesh(options: DeviceOptions, config: TrainConfig) -> None:
+    """Checks the mesh that is asked for against the configuration, as far as that needs neither data nor devices."""
+    if options.mesh is None:
+        usual = DeviceOptions()
+        for field in dataclasses.fields(DeviceOptions):
+            value = getattr(options, field.name)
+            if value != getattr(usual, field.name):
+                raise ValueError(f"{field.name} is not heeded without a mesh, got {value}; give --mesh")
+        return
+    from models.mesh import parse_mesh
+    from models.training.layout import check_mesh
+
+    check_mesh(parse_mesh(options.mesh), config)
+
+
+def _layout(mesh: "Mesh", sharding: "TableSharding", config: TrainConfig, prepared: "TrainingData") -> "Layout":
+    """How the run lies on the mesh; says what is filled up."""
+    from models.mesh import sizes_in_words
+    from models.training.layout import make_layout
+
+    train = prepared.split.train
+    layout, notes = make_layout(mesh, sharding, config, num_users=train.num_users, num_items=train.num_items)
+    print(f"mesh: {sizes_in_words(mesh.shape)}, tables split by {sharding}")
+    for note in notes + layout.feed_notes(prepared.feed):
+        print(note, flush=True)
+    return layout
+
+
+def _prepare(config: TrainConfig, output_dir: Path, num_devices: int = 1) -> "TrainingData":
     """Checks everything that can be checked before training, and says what is trained on."""
     from models.graphs import graph_notes
     from models.training.loggers import check_installed
@@ -284,7 +337,7 @@ def _prepare(config: TrainConfig, output_dir: Path) -> "TrainingData":
 
     check_installed(config.logger)
     make_folder("output_dir", output_dir)
-    prepared = make_training_data(load_and_describe(config), config)
+    prepared = make_training_data(load_and_describe(config), config, num_devices)
     if prepared.nodes is not None:
         adjacency = prepared.nodes.adjacency
         print(f"graph: {adjacency.nse:,} entries between {adjacency.shape[0]:,} nodes", flush=True)

@@ -11,6 +11,7 @@ import numpy as np
 from models.architectures.base import Recommender
 from models.data import Interactions
 from models.feeds import Batch, PackedSequences, PairBatch, pack
+from models.mesh import split_batch
 
 
 @partial(
@@ -64,7 +65,7 @@ class Histories:
         """Every user's query, shape (users, dim). Of each batch, the newest tokens' vectors alone are kept."""
 
         def encode(index: jax.Array) -> jax.Array:
-            vectors = model.encode(self.packed.batch(index), represented).vectors
+            vectors = model.encode(split_batch(self.packed.batch(index)), represented).vectors
             return vectors.reshape(-1, vectors.shape[-1])[self.newest[index]]
 
         found = jax.lax.map(encode, jnp.arange(self.packed.num_batches))

@@ -15,6 +15,8 @@ from models.compilation import jit
 from models.data import Interactions
 from models.evaluation import metrics
 from models.evaluation.queries import Histories, KnownUsers, make_queries
+from models.evaluation.split import split_ranks, split_top_items
+from models.mesh import DATA, constrain, current_mesh, fill_up, split_catalogue, whole
 
 
 @partial(
@@ -113,6 +115,8 @@ class FullRanking:
         An item in the history is not ranked (if ``exclude_seen``), unless it is the target. Items with the target's
         score count as better, and so does everything that cannot be compared: a model that returns NaN finds nothing.
         """
+        if current_mesh() is not None:
+            return self._by_split_chunk(model, context, split_ranks)
         return self._by_chunk(model, context, self._rank)
 
     def top_items(self, model: Recommender, context: Mapping[str, Any], k: int) -> jax.Array:
@@ -121,12 +125,16 @@ class FullRanking:
         Items in the history are left out if ``exclude_seen``; 0 fills up where too few remain. Of items with the same
         score the one with the smaller number comes first.
         """
+        if current_mesh() is not None:
+            return self._by_split_chunk(model, context, partial(split_top_items, k=min(k, self.num_items)))
         return self._by_chunk(model, context, lambda chunk, scores: self._top(chunk, scores, k))
 
     def ranks_and_top_items(
         self, model: Recommender, context: Mapping[str, Any], k: int
     ) -> tuple[jax.Array, jax.Array]:
-        """:meth:`ranks` and :meth:`top_items`, from the same scores."""
+        """:meth:`ranks` and :meth:`top_items`, on one device from the same scores."""
+        if current_mesh() is not None:
+            return self.ranks(model, context), self.top_items(model, context, k)
         return self._by_chunk(
             model, context, lambda chunk, scores: (self._rank(chunk, scores), self._top(chunk, scores, k))
         )
@@ -167,6 +175,24 @@ class FullRanking:
         )
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: self.num_users], found)
 
+    def _by_split_chunk(
+        self, model: Recommender, context: Mapping[str, Any], function: Callable[..., jax.Array]
+    ) -> jax.Array:
+        """Applies a function of :mod:`models.evaluation.split` to each chunk, users and items split over the mesh."""
+        represented = model.represent(context)
+        vectors = constrain(self.queries.vectors(model, represented), DATA)
+        table, bias = split_catalogue(*model.items(represented), self.num_items)
+        filled = jnp.arange(self.targets.size).reshape(self.targets.shape)
+        users = jnp.minimum(filled, self.num_users - 1)
+
+        def apply(chunk: jax.Array) -> jax.Array:
+            mine, targets = fill_up(vectors[users[chunk]], DATA), fill_up(self.targets[chunk], DATA)
+            mine = mine.astype(jnp.promote_types(mine.dtype, table.dtype))
+            return whole(function(mine, targets, table, bias, self._seen(chunk))[: self.chunk_size])
+
+        found = jax.lax.map(apply, jnp.arange(len(self.targets)))
+        return whole(found.reshape(-1, *found.shape[2:])[: self.num_users])
+
     def _seen(self, chunk: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """User (inside the chunk), item, and whether the pair belongs to the chunk, for a window of pairs."""
         pairs = self.chunk_starts[chunk] + jnp.arange(self.pairs_per_chunk)
@@ -176,13 +202,14 @@ class FullRanking:
 
 
 def make_test(
-    graphdef: nnx.GraphDef, ks: Sequence[int]
+    graphdef: nnx.GraphDef, ks: Sequence[int], prepare: Callable[[Any], Any] = lambda state: state
 ) -> Callable[[Any, FullRanking, Mapping[str, Any]], tuple[np.ndarray, dict[str, float]]]:
     """Builds ``test(state, ranking, context) -> ranks, metrics``, compiled when it is first called.
 
     Args:
       graphdef: of the model.
       ks: lengths of the lists that metrics are given for.
+      prepare: what is done to the state first, inside the program.
 
     Returns:
       A function that returns ranks (users,) and all metrics by name, coverage included.
@@ -190,7 +217,7 @@ def make_test(
 
     @jit
     def find(state: Any, ranking: FullRanking, context: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, state)
+        model = nnx.merge(graphdef, prepare(state))
         return ranking.ranks_and_top_items(model, context, max(ks))
 
     def test(state: Any, ranking: FullRanking, context: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, float]]:

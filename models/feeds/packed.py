@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.data import Interactions
+from models.mesh import take
 
 
 class Batch(NamedTuple):
@@ -117,11 +118,11 @@ class PackedSequences:
         def fill(values: jax.Array) -> jax.Array:
             return jnp.where(filled, values, 0)
 
-        targets = self.items[place + 1]
+        targets = take(self.items, place + 1)
         if self.context is not None:
             targets = jnp.where(step >= self.context[slot], targets, 0)
         return Batch(
-            inputs=fill(self.items[place]),
+            inputs=fill(take(self.items, place)),
             positions=fill(padding + step),
             padding=fill(padding),
             segments=fill(slot + 1),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.data import Interactions
+from models.mesh import take
 
 
 class PairBatch(NamedTuple):
@@ -93,8 +94,8 @@ class Pairs:
         user = self.owners[jax.random.randint(user_key, self.user.shape, 0, len(self.owners))]
         first, count = self.offsets[user], self.offsets[user + 1] - self.offsets[user]
         place = first + jax.random.randint(item_key, user.shape, 0, count)
-        counted = jnp.arange(len(user)) < len(self.items)
-        return dataclasses.replace(self, user=user, target=jnp.where(counted, self.items[place], 0))
+        counted = jnp.arange(len(user)) < self.offsets[-1]  # the items may be filled up
+        return dataclasses.replace(self, user=user, target=jnp.where(counted, take(self.items, place), 0))
 
     def batch(self, index: jax.typing.ArrayLike) -> PairBatch:
         """Cuts out batch ``index``, possibly traced."""

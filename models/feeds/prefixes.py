@@ -13,6 +13,7 @@ import numpy as np
 
 from models.data import Interactions
 from models.feeds.packed import Batch
+from models.mesh import take
 
 
 @partial(
@@ -107,10 +108,10 @@ class Prefixes:
             return jnp.where(filled, values, 0)
 
         return Batch(
-            inputs=fill(self.items[jnp.maximum(place, 0)]),
+            inputs=fill(take(self.items, jnp.maximum(place, 0))),
             positions=fill(jnp.arange(self.max_length - self.row_length, self.max_length)),
             padding=fill(self.max_length - length),
             segments=fill(jnp.ones_like(place)),
             users=fill(user),
-            targets=jnp.where(newest & filled, self.items[target], 0),
+            targets=jnp.where(newest & filled, take(self.items, target), 0),
         )

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from models.architectures.base import Queries
 from models.config import LossConfig
 from models.feeds import NegativeSampler
+from models.mesh import DATA, MODEL, current_mesh, fill_up, on_each_part, size_of, split_catalogue
 
 # Scores, or entries of gathered rows, that may exist at once: 64 MiB in float32.
 NUMBERS_AT_ONCE = 2**24
@@ -156,12 +158,16 @@ def cross_entropy(
     del key
     table, bias = items
     vectors, targets, weights = queries.vectors, queries.targets, queries.weights
-    queries_at_once = max(1, scores_at_once // sampler.num_items)
-    if jax.default_backend() == "cpu":
-        queries_at_once = min(queries_at_once, CPU_QUERIES_AT_ONCE)
-    catalogue = slice(1, sampler.num_items + 1)
     with jax.named_scope("log_sum_exp"):
-        normalizer = _log_sum_exp(vectors, table[catalogue], bias[catalogue], weights, queries_at_once)
+        if current_mesh() is None:
+            catalogue = slice(1, sampler.num_items + 1)
+            scored = vectors, table[catalogue], bias[catalogue], weights
+        else:
+            scored = fill_up(vectors, DATA), *split_catalogue(table, bias, sampler.num_items), fill_up(weights, DATA)
+        queries_at_once = max(1, scores_at_once // (len(scored[1]) // size_of(MODEL)))
+        if jax.default_backend() == "cpu":
+            queries_at_once = min(queries_at_once, CPU_QUERIES_AT_ONCE)
+        normalizer = _log_sum_exp(*scored, queries_at_once)
     # Rounded as among all items' scores.
     rows = table[targets].astype(vectors.dtype)
     return normalizer - weights @ _scores(vectors, rows, bias[targets])
@@ -298,26 +304,66 @@ def _against_sample(
     ``loss(positive, negative, drawn)`` takes scores (queries,) and (queries, num_negatives), minus infinity where the
     target was drawn, and the items that were drawn, which broadcast to the latter; it returns (queries,).
     """
-    table, bias = items
     vectors, targets, weights = queries.vectors, queries.targets, queries.weights
-    if not per_position:
-        shared = sampler.proposal.sample(key, (num_negatives,))
-        rows, biases = table[shared].astype(vectors.dtype), bias[shared]
+    shared = None if per_position else sampler.proposal.sample(key, (num_negatives,))
+    by_query = (vectors, targets, weights, jnp.arange(len(targets)))
+    total = partial(_total_against_sample, loss, num_negatives, numbers_at_once)
+    if current_mesh() is None:
+        return total((items, sampler, key, shared), by_query)
+    # Each device works through its own queries and items in parts, and gradients are summed once, behind them.
+    on_part = on_each_part(
+        lambda *arguments: jax.lax.psum(total(*arguments, split=True), DATA),
+        ((P(MODEL), P(), P(), P()), P(DATA)),
+        P(),
+        differentiable=True,
+    )
+    table, bias = items
+    items = fill_up(table, MODEL), fill_up(bias, MODEL)
+    return on_part((items, sampler, key, shared), jax.tree.map(lambda x: fill_up(x, DATA), by_query))
+
+
+def _total_against_sample(
+    loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    num_negatives: int,
+    numbers_at_once: int,
+    same_for_all: tuple[Items, NegativeSampler, jax.Array, jax.Array | None],
+    by_query: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    split: bool = False,
+) -> jax.Array:
+    """The weighted sum of a loss over queries; ``by_query`` are their vectors, targets, weights and numbers.
+
+    If ``split``, each device of the axis ``model`` has some of the items, and queries are those of one device.
+    """
+    (table, bias), sampler, key, shared = same_for_all
+    vectors = by_query[0]
+
+    def of_items(items: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """What a function makes of the rows of items; the device that has an item tells the others."""
+        if not split:
+            return function(items)
+        row = items - jax.lax.axis_index(MODEL) * len(table)
+        mine = (row >= 0) & (row < len(table))
+        found = function(jnp.where(mine, row, 0))
+        mine = mine.reshape(mine.shape + (1,) * (found.ndim - mine.ndim))
+        return jax.lax.psum(jnp.where(mine, found, 0), MODEL)
+
+    if shared is not None:
+        rows = of_items(shared, lambda row: table[row].astype(vectors.dtype))
+        biases = of_items(shared, lambda row: bias[row])
 
     def part(vectors: jax.Array, targets: jax.Array, weights: jax.Array, number: jax.Array) -> jax.Array:
-        if per_position:
+        if shared is None:
             keys = jax.vmap(partial(jax.random.fold_in, key))(number)
             drawn = jax.vmap(lambda key: sampler.proposal.sample(key, (num_negatives,)))(keys)
-            negative = _scores(vectors[:, None], table[drawn], bias[drawn])
+            negative = of_items(drawn, lambda row: _scores(vectors[:, None], table[row], bias[row]))
         else:
             drawn = shared
             negative = jnp.matmul(vectors, rows.T, preferred_element_type=weights.dtype) + biases
         negative = jnp.where(drawn == targets[:, None], -jnp.inf, negative)
-        positive = _scores(vectors, table[targets], bias[targets])
+        positive = of_items(targets, lambda row: _scores(vectors, table[row], bias[row]))
         return jnp.sum(weights * loss(positive, negative, drawn))
 
-    by_query = (vectors, targets, weights, jnp.arange(len(targets)))
-    numbers = num_negatives * (table.shape[1] if per_position else 1)
+    numbers = num_negatives * (table.shape[1] if shared is None else 1)
     if jax.default_backend() == "cpu":
         numbers_at_once = min(numbers_at_once, CPU_NUMBERS_AT_ONCE)
     cut = _cut(by_query, max(1, numbers_at_once // numbers))
@@ -360,7 +406,33 @@ def _log_sum_exp(
 def _log_sum_exp_forward(
     vectors: jax.Array, table: jax.Array, bias: jax.Array, weights: jax.Array, queries_at_once: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The value, and its gradients: those of one number are known, up to a factor, while the scores are at hand."""
+    """The value, and its gradients: those of one number are known, up to a factor, while the scores are at hand.
+
+    On a mesh, queries are split over ``data`` and items over ``model``: for each part of the queries, devices exchange
+    two numbers a query; behind the last, the gradients of the vectors, and once those of the table and the bias.
+    """
+    if current_mesh() is None:
+        return _log_sum_exp_local(vectors, table, bias, weights, queries_at_once)
+    by_query, by_item = P(DATA), P(MODEL)
+    function = partial(_log_sum_exp_local, queries_at_once=queries_at_once, split=True)
+    return on_each_part(
+        function, (by_query, by_item, by_item, by_query), (P(), (by_query, by_item, by_item, by_query))
+    )(vectors, table, bias, weights)
+
+
+def _log_sum_exp_local(
+    vectors: jax.Array,
+    table: jax.Array,
+    bias: jax.Array,
+    weights: jax.Array,
+    queries_at_once: int,
+    split: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The value and its gradients from one device's queries and items, which are all of them unless ``split``."""
+
+    def over(axis: str, values: jax.Array, reduce: Callable[..., jax.Array] = jax.lax.psum) -> jax.Array:
+        return reduce(values, axis) if split else values
+
     rows = table.astype(vectors.dtype)
     dot = partial(jnp.matmul, preferred_element_type=weights.dtype)
 
@@ -372,9 +444,9 @@ def _log_sum_exp_forward(
         vectors, weights = part
         # Items come first: sums over them then run along whole vectors of queries.
         scores = dot(rows, vectors.T) + bias[:, None]
-        largest = jnp.max(scores, axis=0)
+        largest = over(MODEL, jnp.max(scores, axis=0), jax.lax.pmax)
         exponentials = jnp.exp(scores - largest)
-        total = jnp.sum(exponentials, axis=0)
+        total = over(MODEL, jnp.sum(exponentials, axis=0))
         scale = weights / total
         factors = exponentials.astype(vectors.dtype)
         vectors_gradient = dot(factors.T, rows) * scale[:, None]
@@ -385,8 +457,10 @@ def _log_sum_exp_forward(
     start = jnp.zeros(table.shape, weights.dtype), jnp.zeros(bias.shape, weights.dtype)
     (table_gradient, bias_gradient), by_query = jax.lax.scan(add, start, _cut((vectors, weights), queries_at_once))
     vectors_gradient, normalizers = map(join, by_query)
+    vectors_gradient = over(MODEL, vectors_gradient)
+    table_gradient, bias_gradient = over(DATA, table_gradient), over(DATA, bias_gradient)
     gradients = vectors_gradient, table_gradient.astype(table.dtype), bias_gradient.astype(bias.dtype), normalizers
-    return weights @ normalizers, gradients
+    return over(DATA, weights @ normalizers), gradients
 
 
 def _log_sum_exp_backward(

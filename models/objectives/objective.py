@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from models.architectures.base import Queries, Recommender
 from models.feeds import NegativeSampler
+from models.mesh import DATA, constrain
 from models.objectives.losses import Loss
 
 
@@ -93,7 +94,7 @@ def encode_queries(
         with jax.named_scope("negatives"):
             candidates = jnp.stack([targets, sampler.sample(negative_key, users)])
     encoded = model.encode(batch, represented, key, candidates)
-    vectors = encoded.vectors.reshape(-1, encoded.vectors.shape[-1])
+    vectors = constrain(encoded.vectors.reshape(-1, encoded.vectors.shape[-1]), DATA)
     if chosen is not None:
         vectors = vectors.at[chosen].get(mode="fill", fill_value=0)
     return Queries(vectors, targets, users, candidates, encoded.rows, encoded.biases)

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -32,6 +32,7 @@ from models.config import Optimizer, SplitMethod, TrainConfig
 from models.data import Interactions, ids_from_arrays, ids_to_arrays
 from models.files import check_format, read_json, write_bytes, write_json
 from models.graphs import files_digest, graph_files
+from models.processes import ProcessEndedError, is_first, on_first
 from models.training import beside
 from models.training.quiet import quiet_orbax
 from sevo_optax import with_graphs, without_graphs
@@ -41,6 +42,8 @@ FORMAT = 2
 KEPT = 2
 # Of a checkpoint. In format 1 its digest left progress out.
 CHECKPOINT_FORMAT = 2
+# Of one whose arrays lay on several devices: its digest is made of sums that each device can take of its own part.
+SPLIT_FORMAT = 3
 # What Orbax writes for every checkpoint: the arrays, and beside them everything else, as JSON.
 PARTS = ("state/_METADATA", "state/manifest.ocdbt", "note/metadata")
 Which = Literal["best", "last"]
@@ -257,14 +260,32 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def flatten(tree: Any, prefix: str) -> dict[str, np.ndarray]:
-    """The leaves of a tree by path, on the host; graphs of SEvo's states are left out."""
+def flatten(tree: Any, prefix: str, read: Callable[[Any], Any] = np.asarray) -> dict[str, Any]:
+    """The leaves of a tree by path; graphs of SEvo's states are left out.
+
+    Args:
+      tree: the tree.
+      prefix: what the names begin with.
+      read: what is made of each leaf: an array on the host.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(without_graphs(tree))
-    return {f"{prefix}.{jax.tree_util.keystr(path, simple=True, separator='.')}": np.asarray(x) for path, x in leaves}
+    return {f"{prefix}.{jax.tree_util.keystr(path, simple=True, separator='.')}": read(x) for path, x in leaves}
 
 
-def unflatten(leaves: dict[str, np.ndarray], like: Any, prefix: str) -> Any:
+def _on_default_device(tree: Any) -> Any:
+    return jax.tree.map(jax.numpy.asarray, tree)
+
+
+def unflatten(
+    leaves: dict[str, np.ndarray], like: Any, prefix: str, place: Callable[[Any], Any] = _on_default_device
+) -> Any:
     """The reverse of :func:`flatten`: a tree like ``like``, with its graphs.
+
+    Args:
+      leaves: arrays by name.
+      like: the tree, or its shapes.
+      prefix: what the names begin with.
+      place: puts a tree of arrays on devices.
 
     Raises:
       CheckpointError: if a leaf is missing or has another shape or dtype.
@@ -282,8 +303,8 @@ def unflatten(leaves: dict[str, np.ndarray], like: Any, prefix: str) -> Any:
                 f"its {name} is {value.dtype}{list(value.shape)}, but {leaf.dtype}{list(leaf.shape)} is wanted: "
                 "it belongs to another model or catalogue"
             )
-        values.append(jax.numpy.asarray(value))
-    return with_graphs(jax.tree.unflatten(treedef, values), like)
+        values.append(value)
+    return with_graphs(place(jax.tree.unflatten(treedef, values)), like)
 
 
 def _digest(leaves: Mapping[str, np.ndarray], progress: Mapping[str, Any] | None = None) -> str:
@@ -296,19 +317,58 @@ def _digest(leaves: Mapping[str, np.ndarray], progress: Mapping[str, Any] | None
     return digest.hexdigest()
 
 
+def _split_digest(leaves: Mapping[str, Any], progress: Mapping[str, Any]) -> str:
+    """A digest that does not depend on how many devices the arrays lie on, and needs none of them whole."""
+    digest = hashlib.sha256(json.dumps(progress, sort_keys=True).encode())
+    for name in sorted(leaves):
+        leaf = leaves[name]
+        sums = _device_sums(leaf) if isinstance(leaf, jax.Array) else _sums(leaf, np)
+        digest.update(json.dumps([name, str(leaf.dtype), leaf.shape, [int(x) for x in sums]]).encode())
+    return digest.hexdigest()
+
+
+def _sums(values: Any, xp: Any) -> tuple[Any, Any]:
+    """Two weighted sums of an array's bits modulo 2³²: one that changes with any entry, in any order of adding."""
+    wide = values.dtype.itemsize
+    if values.dtype == bool:
+        bits = values.astype(xp.uint32)
+    else:
+        words = {1: xp.uint8, 2: xp.uint16}.get(wide, xp.uint32)
+        bits = jax.lax.bitcast_convert_type(values, words) if xp is jax.numpy else _words(values, words)
+        bits = bits.astype(xp.uint32)
+    place, stride = xp.zeros((1,) * bits.ndim, xp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        count = xp.arange(bits.shape[axis], dtype=xp.uint32) * xp.asarray(stride % 2**32, xp.uint32)
+        place = place + count.reshape([-1 if k == axis else 1 for k in range(bits.ndim)])
+        stride *= bits.shape[axis]
+    first, second = 2 * place + 1, place * xp.asarray(2654435761, xp.uint32) | 1
+    return xp.sum(bits * first, dtype=xp.uint32), xp.sum(bits * second, dtype=xp.uint32)
+
+
+def _words(values: np.ndarray, words: Any) -> np.ndarray:
+    values = np.ascontiguousarray(values)
+    return values.view(words).reshape(values.shape if values.dtype.itemsize <= 4 else (*values.shape, -1))
+
+
+_device_sums = jax.jit(partial(_sums, xp=jax.numpy))
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint, on the host.
+    """One checkpoint.
 
     Attributes:
       epoch: how many epochs were trained.
-      leaves: arrays by name, see :func:`flatten`.
+      leaves: arrays by name, see :func:`flatten`, on the host; or all of them on the devices of a mesh, to be
+        saved from there.
       progress: what the training loop noted: plain JSON. ``run``, if it is there, is the identity of the run.
+      shapes: by name, the shapes of leaves on a mesh that are filled up; they are read as of these shapes.
     """
 
     epoch: int
-    leaves: dict[str, np.ndarray]
+    leaves: dict[str, Any]
     progress: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -340,26 +400,40 @@ class Checkpoints:
         """
         folder = self._folder(checkpoint.epoch)
         progress = checkpoint.progress | ({"run": self.run} if self.run else {})
-        digest = _digest(checkpoint.leaves, progress)
-        note = {"format": CHECKPOINT_FORMAT, "digest": digest, "progress": progress}
+        note: dict[str, Any] = {"format": CHECKPOINT_FORMAT, "progress": progress}
+        if any(isinstance(leaf, jax.Array) for leaf in checkpoint.leaves.values()):
+            arrays = {name: [str(leaf.dtype), leaf.shape] for name, leaf in checkpoint.leaves.items()}
+            note |= {"format": SPLIT_FORMAT, "arrays": arrays, "shapes": checkpoint.shapes}
+            note["digest"] = _split_digest(checkpoint.leaves, progress)
+        else:
+            note["digest"] = _digest(checkpoint.leaves, progress)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(checkpoint.leaves), note=ocp.args.JsonSave(note))
         try:
-            if folder.exists() and not (folder / "state").exists():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _check_space(self.directory, sum(x.nbytes for x in checkpoint.leaves.values()))
+            on_first(partial(self._make_room, folder, sum(x.nbytes for x in checkpoint.leaves.values())))
             with quiet_orbax(), _checkpointer() as checkpointer:
                 checkpointer.save(folder.absolute(), args=arguments, force=True)
-            for epoch in self.epochs()[:-KEPT]:
-                self._remove(epoch)
+            on_first(self._remove_old)
+        except ProcessEndedError:
+            raise
         except Exception as error:  # Orbax and what it writes with raise errors of many kinds
-            self._remove_unfinished()
+            if is_first():
+                self._remove_unfinished()
             older = [epoch for epoch in self.epochs() if epoch < checkpoint.epoch]
             kept = f"the one of epoch {older[-1]} is kept" if older else "there is no older one"
             raise CheckpointError(
                 f"the checkpoint of epoch {checkpoint.epoch} cannot be written to {self.directory} "
                 f"({_system_reason(error)}); {kept}"
             ) from error
+
+    def _make_room(self, folder: Path, size: int) -> None:
+        if folder.exists() and not (folder / "state").exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _check_space(self.directory, size)
+
+    def _remove_old(self) -> None:
+        for epoch in self.epochs()[:-KEPT]:
+            self._remove(epoch)
 
     def load(self, epoch: int) -> Checkpoint:
         """Reads the checkpoint of an epoch.
@@ -368,17 +442,24 @@ class Checkpoints:
           CheckpointError: if it is damaged.
         """
         path = self._folder(epoch)
-        restore = ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
         try:
             missing = [name for name in PARTS if not (path / name).exists()]
             if missing:
                 raise FileNotFoundError(f"it lacks {', '.join(missing)}")
             with quiet_orbax(), _checkpointer() as checkpointer:
-                found = checkpointer.restore(path.absolute(), args=restore)
-            leaves = {name: np.asarray(value) for name, value in found.state.items()}
-            progress = found.note["progress"]
-            whole = found.note.get("format", 1) > 1
-            intact = found.note["digest"] == _digest(leaves, progress if whole else None)
+                restore = partial(checkpointer.restore, path.absolute())
+                note = restore(args=ocp.args.Composite(note=ocp.args.JsonRestore())).note
+                # Of how many devices a checkpoint comes must not matter: what is asked for are arrays on the host.
+                like = {name: _blank(*array) for name, array in note.get("arrays", {}).items()} or None
+                state = restore(args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+            leaves = {name: np.asarray(value) for name, value in state.items()}
+            progress, kind = note["progress"], note.get("format", 1)
+            if kind == SPLIT_FORMAT:
+                intact = note["digest"] == _split_digest(leaves, progress)
+                for name, shape in note["shapes"].items():
+                    leaves[name] = leaves[name][tuple(slice(n) for n in shape)]
+            else:
+                intact = note["digest"] == _digest(leaves, progress if kind > 1 else None)
         except Exception as error:  # whatever is wrong with the files, there is nothing to read
             raise CheckpointError(f"{path} cannot be read ({_system_reason(error)})") from error
         if not intact:
@@ -397,7 +478,8 @@ class Checkpoints:
                 checkpoint = self.load(epoch)
             except CheckpointError as error:
                 failure = error
-                tqdm.write(f"{error}; it is left out")
+                if is_first():
+                    tqdm.write(f"{error}; it is left out")
                 continue
             if self.run and checkpoint.progress.get("run", self.run) != self.run:
                 raise CheckpointError(
@@ -428,6 +510,11 @@ class Checkpoints:
 
     def _remove(self, epoch: int) -> None:
         shutil.rmtree(self._folder(epoch))
+
+
+def _blank(dtype: str, shape: Sequence[int]) -> np.ndarray:
+    """An array of a shape and dtype, without the memory."""
+    return np.broadcast_to(np.zeros((), np.dtype(dtype)), tuple(shape))
 
 
 def _checkpointer() -> ocp.Checkpointer:

@@ -14,11 +14,14 @@ import numpy as np
 
 from models.config import SELECTION, SELECTION_K, Optimizer, TrainConfig
 from models.evaluation import metrics
+from models.processes import any_of_all
 from models.training.interrupts import StoppedError, stop_gently
+from models.training.layout import Layout
 from models.training.loggers import check_installed
 from models.training.program import Program
 from models.training.progress import Progress
 from models.training.run import Result, Run
+from models.training.split_program import SplitProgram
 from models.training.training_data import TrainingData
 
 # Told of each evaluation; returns whether to go on.
@@ -49,6 +52,7 @@ def train(
     overwrite: bool = False,
     test: bool = True,
     watch: Watch | None = None,
+    layout: Layout | None = None,
 ) -> Result:
     """Trains one model and tests it at its best epoch.
 
@@ -65,6 +69,7 @@ def train(
         True tests it, without training it again.
       watch: called as ``watch(epoch, NDCG@10)`` after each evaluation, when the epoch is saved; it returns whether to
         go on. None: nobody watches.
+      layout: the mesh of devices, and how tables are split over it; None: one device. A run may go on with another one.
 
     Returns:
       The result.
@@ -77,7 +82,7 @@ def train(
       KeyboardInterrupt: after Ctrl-C, when the epoch is over and saved.
     """
     run = Run(prepared, dataclasses.replace(config, optimizer=optimizer), optimizer, output_dir, tests=test)
-    return _train([run], resume=resume, overwrite=overwrite, watch=watch)[0]
+    return _train([run], resume=resume, overwrite=overwrite, watch=watch, layout=layout)[0]
 
 
 def train_seeds(
@@ -118,15 +123,22 @@ def train_seeds(
     return _train(runs, resume=resume, overwrite=overwrite)
 
 
-def _train(runs: Sequence[Run], *, resume: bool, overwrite: bool, watch: Watch | None = None) -> list[Result]:
-    """Trains runs that differ in their seed alone."""
+def _train(
+    runs: Sequence[Run],
+    *,
+    resume: bool,
+    overwrite: bool,
+    watch: Watch | None = None,
+    layout: Layout | None = None,
+) -> list[Result]:
+    """Trains runs that differ in their seed alone; with a layout, there is one."""
     check_installed(runs[0].config.logger)
     with contextlib.ExitStack() as folders:
         for run in runs:
             folders.enter_context(run).open(resume=resume, overwrite=overwrite)
         unfinished = [run for run in runs if run.finished is None]
         for done in sorted({run.done for run in unfinished}):
-            _Group([run for run in unfinished if run.done == done], done, watch).train()
+            _Group([run for run in unfinished if run.done == done], done, watch, layout).train()
     failures = {run.config.seed: run.diverged for run in runs if run.diverged is not None}
     if failures:
         raise DivergedError(failures, [run.finished for run in runs])
@@ -143,16 +155,24 @@ class _Group:
       runs: the runs.
       done: how many epochs each of them was trained for already.
       watch: who watches them, see :func:`train`.
+      layout: the mesh that the only run is split over; None: one device.
     """
 
-    def __init__(self, runs: Sequence[Run], done: int, watch: Watch | None = None) -> None:
+    def __init__(
+        self, runs: Sequence[Run], done: int, watch: Watch | None = None, layout: Layout | None = None
+    ) -> None:
         self.begin = time.perf_counter()
         self.runs, self.done, self.config, self.watch = runs, done, runs[0].config, watch
         self.active = dict(enumerate(runs))  # by place in the program
-        self.program = Program(runs[0].prepared, self.config, runs[0].optimizer, [run.config.seed for run in runs])
+        what = runs[0].prepared, self.config, runs[0].optimizer
+        if layout is None:
+            self.program = Program(*what, [run.config.seed for run in runs])
+        else:
+            self.program = SplitProgram(*what, self.config.seed, layout)
+            runs[0].split_shapes = self.program.like(0)
         if done:
-            fresh = [(self.program.params_of(i), self.program.state_of(i)) for i in range(len(runs))]
-            restored = [run.restore(*like) for run, like in zip(runs, fresh, strict=True)]
+            fresh = [self.program.like(i) for i in range(len(runs))]
+            restored = [run.restore(*like, self.program.place) for run, like in zip(runs, fresh, strict=True)]
             self.program.put(*zip(*restored, strict=True))
         self.begin -= max(run.seconds for run in runs)
         for i, run in enumerate(runs):
@@ -191,7 +211,7 @@ class _Group:
         validation = self._validate() if evaluated else {}
         evaluation_seconds = time.perf_counter() - start
         diagnostics = program.diagnose(epoch) if config.diagnostics else None
-        stop = asked.is_set()  # asked once: a signal between saving and stopping waits for the next epoch
+        stop = any_of_all(asked.is_set())  # asked once: a signal between saving and stopping waits for the next epoch
         shown = {"loss": losses[list(self.active)].mean() if self.active else np.nan, "seconds": seconds}
         if validation:
             shown["validation"] = np.mean([mine[SELECTION] for mine in validation.values()])

@@ -4,6 +4,7 @@ A model's *state* is all that it holds, one ``nnx.State``: parameters, which the
 (running statistics, masks), which the model updates itself.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,24 +14,30 @@ import numpy as np
 import optax
 from flax import nnx
 
-from models.architectures.base import Group
+from models.architectures.base import Group, Recommender
 from models.architectures.registry import make_model
 from models.compilation import jit
 from models.config import Optimizer, TrainConfig
 from models.evaluation.ranking import FullRanking, make_test
-from models.feeds import NegativeSampler
+from models.feeds import NegativeSampler, PackedSequences
+from models.mesh import split_batch
 from models.objectives.losses import Loss, make_loss
 from models.objectives.objective import training_loss
+from models.training.layout import Layout
 from models.training.optimizers import Stages, make_schedule, make_stages
-from models.training.training_data import TrainingData
+from models.training.training_data import Feed, TrainingData
 from sevo_optax import smoothness, state_axes
 
 
-def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: Loss) -> Callable[..., Any]:
+def make_epoch(
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: Loss, layout: Layout | None = None
+) -> Callable[..., Any]:
     """Builds one epoch: ``epoch(state, opt_state, feed, sampler, context, key) -> state, opt_state, losses``.
 
-    The losses have shape (batches,). It is a pure function, to be jitted, or vmapped over seeds and then jitted.
+    The losses have shape (batches,). It is a pure function, to be jitted, or vmapped over seeds and then jitted. With a
+    layout, tables stay split from step to step.
     """
+    keep: Callable[[Any], Any] = (lambda tree: tree) if layout is None else layout.keep
 
     def epoch(
         state: nnx.State,
@@ -51,8 +58,9 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
                 key = jax.random.fold_in(step_key, index)
                 # Copied: what belongs to the trace outside may not change in this one.
                 model = nnx.merge(graphdef, params, rest, copy=True)
+                batch = split_batch(feed.batch(index))
                 value = training_loss(
-                    model, loss, feed.batch(index), context, sampler, key, max_num_targets=feed.max_num_targets
+                    model, loss, batch, context, sampler, key, max_num_targets=room_for_targets(feed, batch)
                 )
                 return value, nnx.state(model, nnx.Not(nnx.Param))
 
@@ -61,13 +69,20 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, loss: L
                 updates, opt_state = tx.update(grads, opt_state, params)
                 model = nnx.merge(graphdef, optax.apply_updates(params, updates), rest)
                 model.constrain()
-            return (nnx.state(model, nnx.Param), rest, opt_state), value
+            return (keep(nnx.state(model, nnx.Param)), rest, keep(opt_state)), value
 
         carry, losses = jax.lax.scan(step, (params, rest, opt_state), jnp.arange(feed.num_batches))
         params, rest, opt_state = carry
         return nnx.merge_state(params, rest), opt_state, losses
 
     return epoch
+
+
+def room_for_targets(feed: Feed, batch: Any) -> int:
+    """The most targets that a batch can have, the rows included that fill it up on a mesh."""
+    if isinstance(feed, PackedSequences):
+        return feed.max_num_targets // feed.rows * len(batch.targets)
+    return feed.max_num_targets
 
 
 def make_diagnose(
@@ -94,12 +109,14 @@ def make_diagnose(
         key: jax.Array,
     ) -> Any:
         shuffle_key, step_key = jax.random.split(key)
-        batch = feed.shuffle(shuffle_key).batch(0)
+        batch = split_batch(feed.shuffle(shuffle_key).batch(0))
         params, rest = nnx.split_state(state, nnx.Param, ...)
 
         def loss_fn(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params, rest, copy=True)
-            return training_loss(model, loss, batch, context, sampler, step_key, max_num_targets=feed.max_num_targets)
+            return training_loss(
+                model, loss, batch, context, sampler, step_key, max_num_targets=room_for_targets(feed, batch)
+            )
 
         updates = jax.grad(loss_fn)(params)
         for name, stage in stages.items():
@@ -140,6 +157,70 @@ def _part(tree: Any, path: str) -> Any:
     return tree
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Pure functions of one seed, to be compiled.
+
+    Attributes:
+      graphdef: of the model.
+      stages: of the optimizer.
+      init: ``init(state) -> opt_state``.
+      epoch: see :func:`make_epoch`.
+      ranks: ``ranks(state, ranking, context)``, shape (users,).
+      diagnose: see :func:`make_diagnose`.
+    """
+
+    graphdef: nnx.GraphDef
+    stages: Stages
+    init: Callable[..., Any]
+    epoch: Callable[..., Any]
+    ranks: Callable[..., Any]
+    diagnose: Callable[..., Any]
+
+
+def make_parts(
+    model: Recommender, prepared: TrainingData, config: TrainConfig, optimizer: Optimizer, layout: Layout | None = None
+) -> Parts:
+    """Builds what training is made of.
+
+    Args:
+      model: the model, or one whose arrays are shapes alone.
+      prepared: the data.
+      config: the run, resolved.
+      optimizer: which optimizer.
+      layout: how tables are split; None: they are not.
+    """
+    graphdef = nnx.graphdef(model)
+    schedule = None
+    if prepared.feed is not None and (config.schedule != "constant" or config.warmup_epochs):
+        schedule = make_schedule(config, prepared.feed.num_batches)
+    mask = model.decay_mask if model.undecayed else None
+    stages = make_stages(optimizer, config, prepared.nodes, schedule, config.clip_norm, mask)
+    if layout is not None:
+        stages = layout.smooth_apart(stages, prepared.nodes)
+    tx = optax.named_chain(*stages.items())
+    loss = make_loss(config)
+    groups = () if prepared.nodes is None else prepared.nodes.groups
+    axes = {} if prepared.nodes is None else prepared.nodes.axes
+
+    def init(state: nnx.State) -> Any:
+        return tx.init(nnx.filter_state(state, nnx.Param))
+
+    def ranks(state: nnx.State, ranking: FullRanking, context: Mapping[str, Any]) -> jax.Array:
+        return ranking.ranks(nnx.merge(graphdef, state), context)
+
+    epoch = make_epoch(graphdef, tx, loss, layout)
+    return Parts(graphdef, stages, init, epoch, ranks, make_diagnose(graphdef, stages, loss, groups, axes))
+
+
+def concrete(state: Any) -> Any:
+    """The state with no weak types: a constant that a model starts with is weakly typed, what an epoch returns is not.
+
+    It would compile twice.
+    """
+    return jax.tree.map(lambda x: x.astype(x.dtype), state)
+
+
 class Program:
     """The compiled parts of training, for one seed or for several side by side.
 
@@ -154,27 +235,16 @@ class Program:
         if prepared.feed is None:
             for model in models:
                 model.fit(train, config)
-        # A constant that a model starts with is weakly typed, what an epoch returns is not: it would compile twice.
-        states = [jax.tree.map(lambda x: x.astype(x.dtype), nnx.state(model)) for model in models]
-        self.graphdef, first = nnx.graphdef(models[0]), states[0]
-        schedule = None
-        if prepared.feed is not None and (config.schedule != "constant" or config.warmup_epochs):
-            schedule = make_schedule(config, prepared.feed.num_batches)
-        mask = models[0].decay_mask if models[0].undecayed else None
-        stages = make_stages(optimizer, config, prepared.nodes, schedule, config.clip_norm, mask)
-        tx = optax.named_chain(*stages.items())
-        loss = make_loss(config)
-        epoch = make_epoch(self.graphdef, tx, loss)
-        groups = () if prepared.nodes is None else prepared.nodes.groups
-        axes = {} if prepared.nodes is None else prepared.nodes.axes
-        diagnose = make_diagnose(self.graphdef, stages, loss, groups, axes)
-
-        def init(state: nnx.State) -> Any:
-            return tx.init(nnx.filter_state(state, nnx.Param))
-
-        def ranks(state: nnx.State, ranking: FullRanking, context: Mapping[str, Any]) -> jax.Array:
-            return ranking.ranks(nnx.merge(self.graphdef, state), context)
-
+        states = [concrete(nnx.state(model)) for model in models]
+        first = states[0]
+        parts = make_parts(models[0], prepared, config, optimizer)
+        self.graphdef, init, epoch, ranks, diagnose = (
+            parts.graphdef,
+            parts.init,
+            parts.epoch,
+            parts.ranks,
+            parts.diagnose,
+        )
         keys = [jax.random.key(seed) for seed in seeds]
         if len(seeds) == 1:
             self.model_state, self.opt_state, self.key = first, init(first), keys[0]
@@ -238,6 +308,14 @@ class Program:
         return jax.tree.map(
             lambda axis, x: x if axis is None else x[i], self.axes, self.opt_state, is_leaf=lambda axis: axis is None
         )
+
+    def like(self, i: int) -> tuple[Any, Any]:
+        """What a checkpoint of the ``i``-th seed is to fit: parameters and optimizer state, or their shapes."""
+        return self.params_of(i), self.state_of(i)
+
+    def place(self, tree: Any) -> Any:
+        """Arrays on the host, shaped like the model's or the optimizer's state, on the device."""
+        return jax.tree.map(jnp.asarray, tree)
 
     def put(self, params: Sequence[Any], states: Sequence[Any]) -> None:
         """Replaces the models' and the optimizers' states, one of each a seed."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 from models.config import SELECTION
+from models.processes import is_first
 
 # tqdm's own variable, so that processes started from here, and whatever else draws bars, are silent as well.
 SILENCE = "TQDM_DISABLE"
@@ -52,7 +53,8 @@ class Progress:
         self._name, self._epochs, self._first = name, epochs, done + 1
         self._after_first: float | None = None
         self._best: float | None = None
-        self._silent = bool(os.environ.get(SILENCE))
+        self._first_process = is_first()
+        self._silent = bool(os.environ.get(SILENCE)) or not self._first_process
         self._bar: Any = None
         if not self._silent and sys.stderr.isatty():
             from tqdm import tqdm
@@ -116,6 +118,8 @@ class Progress:
 
     def note(self, text: str, *, warning: bool = False) -> None:
         """Says what became of the run, in silence too, and beside the bar; a warning goes to standard error."""
+        if not self._first_process:
+            return
         file = sys.stderr if warning else sys.stdout
         if self._bar is not None:
             self._bar.write(text, file=file)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -16,6 +17,7 @@ from models.architectures.registry import model_class
 from models.config import SELECTION, Optimizer, TrainConfig
 from models.evaluation.groups import Groups, summarize_groups
 from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_bytes, write_json, write_text
+from models.processes import check_same, is_first, num_processes, on_first, program_digest, wait_for_all
 from models.training import beside
 from models.training.files import EMBEDDINGS, LOGGERS, TENSORBOARD, curve, read_history
 from models.training.interrupts import StoppedError
@@ -129,8 +131,11 @@ class Run:
         self.info: RunInfo | None = None
         self.continues = False
         self.saved = 0
+        self.split_shapes: tuple[Any, Any] | None = None
         self._loggers: Loggers | None = None
         self._claims = contextlib.ExitStack()
+        # Of several processes, the first one writes; checkpoints alone are written by all of them.
+        self._writes = directory is not None and is_first()
 
     @property
     def stopped(self) -> bool:
@@ -170,14 +175,13 @@ class Run:
                 f"{self.directory} holds a run already; go on with --resume, replace it with --overwrite, "
                 "or give another --output-dir"
             )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not self._claims.enter_context(claim(self.directory / LOCK)):
-            raise CheckpointError(
-                f"another process trains in {self.directory}; wait for it, or give another --output-dir"
-            )
+        on_first(self._claim)
         holds_run = self._check_folder()  # once more, now that nobody else changes it
         num_users = self.prepared.split.train.num_users
         self.info = RunInfo.of(self.optimizer, self.config, self.prepared.interactions, num_users=num_users)
+        check_same("data", self.info.data)
+        check_same("options", self.info.run)
+        check_same("versions of the program", program_digest() if num_processes() > 1 else "")
         if holds_run and not overwrite:
             found = RunInfo.read(self.directory)
             self.info = self.info.continuing(found, self.prepared.interactions, self.directory)
@@ -202,6 +206,20 @@ class Run:
                 return
         self.checkpoint = next(self.checkpoints.readable(), None)
 
+    def _claim(self) -> None:
+        """Makes the folder, and keeps others out of it.
+
+        Raises:
+          CheckpointError: if another process trains in it.
+        """
+        from models.training.checkpoints import CheckpointError
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._claims.enter_context(claim(self.directory / LOCK)):
+            raise CheckpointError(
+                f"another process trains in {self.directory}; wait for it, or give another --output-dir"
+            )
+
     def _check_folder(self) -> bool:
         """Whether the folder holds a run; if not, nothing may be in it that a run could replace.
 
@@ -221,14 +239,23 @@ class Run:
         what = "run.json, which no training run has written" if "run.json" in names else f"{names[0]}, but no run"
         raise CheckpointError(f"{self.directory} holds {what}; give another --output-dir, or empty it yourself")
 
-    def restore(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
-        """Goes back to the checkpoint; returns parameters and optimizer state like those given."""
+    def restore(self, params: Any, opt_state: Any, place: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """Goes back to the checkpoint.
+
+        Args:
+          params: what the parameters are to be like, or their shapes.
+          opt_state: the optimizer state, likewise; the graphs are taken from it.
+          place: puts a tree of arrays on devices.
+
+        Returns:
+          Parameters and optimizer state.
+        """
         from models.training.checkpoints import CheckpointError, unflatten
 
         epoch, leaves, progress = self.checkpoint.epoch, self.checkpoint.leaves, self.checkpoint.progress
         try:
-            restored = unflatten(leaves, params, "last"), unflatten(leaves, opt_state, "opt_state")
-            self.best = (progress["best"], progress["best_epoch"], unflatten(leaves, params, "best"))
+            restored = unflatten(leaves, params, "last", place), unflatten(leaves, opt_state, "opt_state", place)
+            self.best = (progress["best"], progress["best_epoch"], unflatten(leaves, params, "best", place))
         except CheckpointError as error:
             raise CheckpointError(
                 f"the checkpoint of epoch {epoch} in {self.directory} does not fit: {error}"
@@ -251,6 +278,11 @@ class Run:
         """
         if self.directory is None:
             return
+        wait_for_all()  # others may still read what is removed here
+        if is_first():
+            self._take_possession()
+
+    def _take_possession(self) -> None:
         for path in self.directory.glob(f"{PARTIAL}*"):  # of a process that was killed
             path.unlink()
         # The others are replaced: a folder without run.json holds no run.
@@ -274,7 +306,7 @@ class Run:
     def record(self, record: dict[str, Any]) -> None:
         """Adds an epoch to the history."""
         self.history.append(record)
-        if self.directory is not None:
+        if self._writes:
             append_text(self.directory / "history.jsonl", json.dumps(record) + "\n")
         if self._loggers is not None:
             scalars = {"loss": record["loss"], "tokens per second": record["tokens_per_second"]}
@@ -285,7 +317,7 @@ class Run:
         """Changes the newest epoch of the history; its checkpoint is to be written again."""
         self.history[-1] = record
         self.saved = 0
-        if self.directory is not None:
+        if self._writes:
             self._write_history()
 
     def consider(self, score: float, epoch: int, params: Any) -> None:
@@ -297,7 +329,7 @@ class Run:
 
     def keep(self, epoch: int, table: np.ndarray) -> None:
         """Writes the table that items are scored by."""
-        if self.directory is not None:
+        if self._writes:
             folder = self.directory / EMBEDDINGS
             folder.mkdir(exist_ok=True)
             write_bytes(folder / f"{epoch}.npz", lambda file: np.savez_compressed(file, items=table))
@@ -308,10 +340,19 @@ class Run:
             return
         from models.training.checkpoints import Checkpoint, flatten
 
+        def leaves_of(trees: Mapping[str, Any], *read: Callable[[Any], Any]) -> dict[str, Any]:
+            return {name: leaf for prefix, tree in trees.items() for name, leaf in flatten(tree, prefix, *read).items()}
+
         best = (float("-inf"), 0, params) if self.best is None else self.best
-        leaves = flatten(params, "last") | flatten(best[2], "best") | flatten(opt_state, "opt_state")
+        trees = {"last": params, "best": best[2], "opt_state": opt_state}
+        leaves, shapes = leaves_of(trees), {}
+        if self.split_shapes is not None:
+            leaves = leaves_of(trees, lambda leaf: leaf)
+            params, opt_state = self.split_shapes
+            like = leaves_of({"last": params, "best": params, "opt_state": opt_state}, lambda leaf: leaf.shape)
+            shapes = {name: shape for name, shape in like.items() if shape != leaves[name].shape}
         progress = {"best": best[0], "best_epoch": best[1], "stale": self.stale, "seconds": self.seconds}
-        self.checkpoints.save(Checkpoint(epoch, leaves, progress))
+        self.checkpoints.save(Checkpoint(epoch, leaves, progress, shapes))
         self.saved = epoch
 
     def finish(self, program: Program) -> None:
@@ -339,7 +380,7 @@ class Run:
         if self._loggers is not None and test:
             self._loggers.scalars(len(self.history), {f"test/{name}": value for name, value in test.items()})
         self._close_loggers("finished")
-        if self.directory is not None and self.tests:
+        if self._writes and self.tests:
             from models import plots  # matplotlib is slow to import and not needed to train
 
             if self.config.per_user:

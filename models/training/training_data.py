@@ -55,13 +55,18 @@ class TrainingData:
         return 0 if self.feed is None else self.feed.num_batches
 
 
-def make_training_data(interactions: Interactions, config: TrainConfig) -> TrainingData:
+def make_training_data(interactions: Interactions, config: TrainConfig, num_devices: int = 1) -> TrainingData:
     """Splits, packs and copies to the device; builds graphs from the training part alone.
+
+    Args:
+      interactions: the data.
+      config: the run, resolved.
+      num_devices: how many devices a step will be split over.
 
     Raises:
       OutOfMemoryError: if training would need more memory than there is.
     """
-    check_memory(training_needs(config, interactions), config)
+    check_memory(training_needs(config, interactions), config, num_devices=num_devices)
     kind = model_class(config.model)
     split = split_interactions(interactions, config)
     ranking = partial(

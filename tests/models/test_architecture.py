@@ -12,7 +12,7 @@ from models.architectures import registry
 MODELS = Path(__file__).parents[2] / "models"
 # From the ground up: a part may import its own floor and those above it in this list.
 FLOORS = [
-    ("config", "checks", "files", "compilation", "validation", "plots"),
+    ("config", "checks", "files", "compilation", "validation", "plots", "mesh", "processes"),
     ("data", "layers"),
     ("feeds",),
     ("architectures", "presets"),
