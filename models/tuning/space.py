@@ -32,6 +32,13 @@ SMOOTHING = (
     "moment_correction",
     *(field.name for field in dataclasses.fields(GraphConfig)),
 )
+# What only one of the graphs heeds.
+GRAPH_OPTIONS = {
+    "item-item": ("max_hops", "graph_max_length", "graph_keep", "graph_weighting"),
+    "shared-users": ("max_neighbors",),
+    "knn": ("vectors", "knn_neighbors", "knn_metric", "knn_method"),
+    "attributes": ("attributes", "attribute_item_column", "attribute_column"),
+}
 # What names and describes a run, or decides what it is measured by: not the search's to choose.
 FIXED = (
     *(field.name for field in dataclasses.fields(SourceConfig)),
@@ -165,11 +172,14 @@ def heeds(config: TrainConfig, name: str) -> bool:
     >>> from models.architectures.registry import make_config
     >>> heeds(make_config(), "beta"), heeds(make_config(optimizer="adamw"), "beta")
     (True, False)
+    >>> heeds(make_config(), "max_hops"), heeds(make_config(graph=("shared-users",)), "max_hops")
+    (True, False)
     """
     if name in SMOOTHING and not config.optimizer.startswith("sevo-"):
         return False
-    if name in ("max_hops", "graph_max_length", "graph_keep", "graph_weighting"):
-        return "item-item" in config.graph
+    for graph, options in GRAPH_OPTIONS.items():
+        if name in options:
+            return graph in config.graph
     if name == "num_layers":
         return config.smoothing != "exact"
     return config.loss in LOSS_OPTIONS.get(name, (config.loss,))
