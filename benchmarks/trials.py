@@ -95,33 +95,43 @@ def soft_labels(prepared: TrainingData, config: TrainConfig, seed: int, *, weigh
     return dataclasses.replace(found, loss=Loss(partial(soft_cross_entropy, neighbours=neighbours, weight=weight)))
 
 
-def neighbour_shares(adjacency: BCOO, k: int) -> BCOO:
-    """Each item's share of its at most ``k`` heaviest neighbours, rows that sum to one; its own where it has none."""
-    matrix = graph.to_scipy(graph.normalize(adjacency)).tolil()
-    matrix.setdiag(0)
-    matrix = matrix.tocsr()
-    matrix.eliminate_zeros()
-    rows, columns, values = [], [], []
+def neighbour_shares(adjacency: BCOO, k: int) -> tuple[jax.Array, jax.Array]:
+    """Each item's at most ``k`` heaviest neighbours, and their shares, which sum to one; its own where it has none.
+
+    Both have shape (nodes, k); places that are not filled hold the item itself, with a share of 0.
+    """
+    matrix = graph.to_scipy(graph.normalize(adjacency))
+    items = np.repeat(np.arange(matrix.shape[0])[:, None], k, axis=1)
+    shares = np.zeros(items.shape, np.float32)
     for row, (start, end) in enumerate(zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True)):
-        best = start + np.argsort(-matrix.data[start:end], kind="stable")[:k]
-        rows += [row] * max(1, len(best))
-        columns += matrix.indices[best].tolist() or [row]
-        values += (matrix.data[best] / matrix.data[best].sum()).tolist() or [1.0]
-    indices = jnp.asarray(np.stack([rows, columns], axis=1), jnp.int32)
-    return BCOO((jnp.asarray(values, jnp.float32), indices), shape=adjacency.shape)
+        others = start + np.flatnonzero(matrix.indices[start:end] != row)
+        best = others[np.argsort(-matrix.data[others], kind="stable")[:k]]
+        if best.size:
+            items[row, : best.size] = matrix.indices[best]
+            shares[row, : best.size] = matrix.data[best] / matrix.data[best].sum()
+        else:
+            shares[row, 0] = 1
+    return jnp.asarray(items, jnp.int32), jnp.asarray(shares)
 
 
 def soft_cross_entropy(
-    queries: Any, items: Any, sampler: Any, key: jax.Array | None = None, *, neighbours: BCOO, weight: float
+    queries: Any,
+    items: Any,
+    sampler: Any,
+    key: jax.Array | None = None,
+    *,
+    neighbours: tuple[jax.Array, jax.Array],
+    weight: float,
 ) -> jax.Array:
     r"""Cross-entropy against :math:`(1 - w) e_t + w \sum_j P_{tj} e_j` instead of :math:`e_t`.
 
     The softmax's normaliser is the same, so that only the target's score changes: it is mixed with its neighbours'.
     """
     table, bias = items
-    apart = table - neighbours @ table, bias - neighbours @ bias
-    rows = apart[0][queries.targets].astype(jnp.float32)
-    margin = jnp.sum(queries.vectors.astype(jnp.float32) * rows, axis=-1) + apart[1][queries.targets]
+    near, shares = (values[queries.targets] for values in neighbours)
+    rows = table[queries.targets] - jnp.einsum("qk,qkd->qd", shares, table[near])
+    biases = bias[queries.targets] - jnp.sum(shares * bias[near], axis=1)
+    margin = jnp.sum(queries.vectors.astype(jnp.float32) * rows.astype(jnp.float32), axis=-1) + biases
     return cross_entropy(queries, items, sampler, key) + weight * queries.weights @ margin
 
 
