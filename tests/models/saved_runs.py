@@ -71,6 +71,12 @@ class ToyProgram:
     def state_of(self, i):
         return self.states[i]
 
+    def like(self, i):
+        return self.params_of(i), self.state_of(i)
+
+    def place(self, tree):
+        return jax.tree.map(jnp.asarray, tree)
+
     def put(self, params, states):
         self.params, self.states = list(params), list(states)
 
