@@ -290,7 +290,7 @@ class TestRunner:
             ({"seeds": 0}, "seeds must be at least 1, got 0"),
             ({"epochs": 0}, "epochs must be at least 1, got 0"),
             ({"workers": 0}, "workers must be at least 1, got 0"),
-            ({"table": "9"}, "table: 'table-9' does not exist; give one of cross-entropy, "),
+            ({"table": "9"}, "table: 'table-9' does not exist; give one of cold-start, cross-entropy, "),
             ({"report": True}, "results_dir: results holds no cells"),
         ],
     )
