@@ -128,6 +128,17 @@ class GraphConfig:
     """Its column of attributes, several separated by '|'."""
 
 
+# Options of smoothing, which plain optimizers do not heed.
+SMOOTHING = (
+    "beta",
+    "num_layers",
+    "smoothing",
+    "rescale",
+    "moment_correction",
+    *(field.name for field in dataclasses.fields(GraphConfig)),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class DeviceOptions:
     """Which devices a run is on. They change what it costs, and its numbers by no more than rounding."""

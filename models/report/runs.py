@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from models.architectures.registry import config_from_dict, model_class
-from models.config import SELECTION, Optimizer, TrainConfig
+from models.config import SELECTION, SMOOTHING, Optimizer, TrainConfig
 from models.files import read_json
 from models.reproduce.cells import ASIDE, SOURCE, Cell, identity_of
-from models.reproduce.tables import BASELINES, PLAIN, SMOOTHING
+from models.reproduce.tables import BASELINES, PLAIN
 from models.training.checkpoints import RunInfo
 from models.training.compare import Gain, paired_gain
 from models.training.files import read_history

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from models.architectures.registry import config_from_dict
-from models.config import SourceConfig, TrainConfig
+from models.config import SMOOTHING, SourceConfig, TrainConfig
 from models.evaluation.groups import Groups
 from models.files import check_format, read_json, write_text
-from models.reproduce.tables import METRICS, PLAIN, SMOOTHING, SeedGroup
+from models.reproduce.tables import METRICS, PLAIN, SeedGroup
 from models.training.files import curve
 
 # Of a cell's JSON. Cells that say nothing are of the first format.

@@ -18,7 +18,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from models.architectures.registry import config_from_dict, model_class
-from models.config import SELECTION, Optimizer, TrainConfig
+from models.config import SELECTION, SMOOTHING, Optimizer, TrainConfig
 from models.presets import checked_fields, find, load_preset
 from models.validation import STRICT, check, read_yaml
 
@@ -35,28 +35,6 @@ BASELINES: dict[Optimizer, tuple[Optimizer, ...]] = {
     "sevo-adam": ("adam",),
     "sevo-sgd": ("sgd",),
 }
-# What the plain arms do not depend on.
-SMOOTHING = (
-    "beta",
-    "num_layers",
-    "smoothing",
-    "rescale",
-    "moment_correction",
-    "graph",
-    "graph_weights",
-    "graph_max_length",
-    "graph_keep",
-    "graph_weighting",
-    "max_hops",
-    "max_neighbors",
-    "vectors",
-    "knn_neighbors",
-    "knn_metric",
-    "knn_method",
-    "attributes",
-    "attribute_item_column",
-    "attribute_column",
-)
 
 
 # Fields that no row may set.

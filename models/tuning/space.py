@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type
 
 from models.architectures.registry import model_class
 from models.checks import LOSS_OPTIONS, shortened
-from models.config import GraphConfig, SourceConfig, TrainConfig
+from models.config import SMOOTHING, SourceConfig, TrainConfig
 
 FORMS = "NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C"
 # The ranges of names that are given none. A decay in the gradient (adam, sgd) is felt at far smaller values.
@@ -23,15 +23,6 @@ USUAL = {
 DECAY_IN_GRADIENT = "1e-8:1e-2:log"
 # What decides whether others count stands first.
 FIRST = ("optimizer", "graph", "smoothing", "loss")
-# Options of smoothing, which plain optimizers do not heed.
-SMOOTHING = (
-    "beta",
-    "num_layers",
-    "smoothing",
-    "rescale",
-    "moment_correction",
-    *(field.name for field in dataclasses.fields(GraphConfig)),
-)
 # What only one of the graphs heeds.
 GRAPH_OPTIONS = {
     "item-item": ("max_hops", "graph_max_length", "graph_keep", "graph_weighting"),
