@@ -238,21 +238,15 @@ class Program:
         states = [concrete(nnx.state(model)) for model in models]
         first = states[0]
         parts = make_parts(models[0], prepared, config, optimizer)
-        self.graphdef, init, epoch, ranks, diagnose = (
-            parts.graphdef,
-            parts.init,
-            parts.epoch,
-            parts.ranks,
-            parts.diagnose,
-        )
+        self.graphdef, epoch, ranks, diagnose = parts.graphdef, parts.epoch, parts.ranks, parts.diagnose
         keys = [jax.random.key(seed) for seed in seeds]
         if len(seeds) == 1:
-            self.model_state, self.opt_state, self.key = first, init(first), keys[0]
+            self.model_state, self.opt_state, self.key = first, parts.init(first), keys[0]
             self._fold = jax.random.fold_in
         else:
-            self.axes = axes = state_axes(jax.eval_shape(init, first))
+            self.axes = axes = state_axes(jax.eval_shape(parts.init, first))
             self.model_state = jax.tree.map(lambda *x: jnp.stack(x), *states)
-            self.opt_state = jax.vmap(init, out_axes=axes)(self.model_state)
+            self.opt_state = jax.vmap(parts.init, out_axes=axes)(self.model_state)
             self.key = jnp.stack(keys)
             self._fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
             epoch = jax.vmap(epoch, in_axes=(0, axes, None, None, None, 0), out_axes=(0, axes, 0))
