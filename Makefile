@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOWEST := build/lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test types test-lowest docs docs-check bench release-check lint clean
+.PHONY: help demo test coverage types test-lowest docs docs-check bench release-check lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -16,8 +16,11 @@ demo: $(VENV)/.models  ## train SASRec three ways on embedded data and compare (
 test: $(VENV)/.test types  ## format, lint and type checks, then every test and every notebook on small data
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=sevo_optax --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 	SEVO_NOTEBOOK_FAST=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
+
+coverage: $(VENV)/.test  ## which lines of the library its own tests run (tracing slows all tests by a quarter)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=sevo_optax --cov-report=term-missing tests/sevo_optax sevo_optax
 
 types: $(VENV)/.test  ## mypy: strict for the library, the basics for the models
 	$(BIN)/mypy
@@ -52,10 +55,11 @@ lint: $(VENV)/.test  ## rewrite the sources in the project's format and list wha
 clean:  ## remove the environment and what runs left behind
 	rm -rf $(VENV) runs build dist docs/api docs/notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# One stamp an extra: installed again when pyproject.toml changes, and left alone otherwise.
+# One stamp an extra: installed again when pyproject.toml changes, and left alone otherwise. Python compiles what is
+# imported, a small part of what is installed.
 $(VENV)/.%: pyproject.toml | $(BIN)/python
 	@echo "installing the '$*' dependencies into $(VENV)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$*]'
 	@touch $@
 
 $(LOWEST)/.installed: pyproject.toml tests/lowest.py | $(BIN)/python
