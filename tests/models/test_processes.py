@@ -42,7 +42,7 @@ def start(folder, *options, processes=1):
     """Starts processes of the command line that train in ``folder / "run"``."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
     arguments = [*TRAIN, "--data", str(folder / "data.csv"), "--output-dir", str(folder / "run"), *options]
     if processes > 1:
         arguments += ["--mesh", f"data={processes}", "--coordinator", f"127.0.0.1:{free_port()}"]

@@ -59,16 +59,20 @@ def test_an_epoch_is_its_steps_one_after_the_other(prepared, optimizer):
 
     shuffle_key, step_key = jax.random.split(key)
     packed = prepared.feed.shuffle(shuffle_key)
-    expected, state, losses = params, opt_state, []
-    for i in range(packed.num_batches):
 
-        def loss_fn(p, i=i):
+    @jax.jit
+    def step(params, state, i):
+        def loss_fn(p):
             rngs = jax.random.fold_in(step_key, i)
             return training_loss(nnx.merge(graphdef, p), BCE, packed.batch(i), {}, prepared.sampler, rngs)
 
-        loss, grads = jax.value_and_grad(loss_fn)(expected)
-        updates, state = tx.update(grads, state, expected)
-        expected = optax.apply_updates(expected, updates)
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    expected, state, losses = params, opt_state, []
+    for i in range(packed.num_batches):
+        expected, state, loss = step(expected, state, i)
         losses.append(float(loss))
 
     got, _, step_losses = jit(make_epoch(graphdef, tx, BCE))(
