@@ -302,20 +302,15 @@ def test_divergence_keeps_the_last_good_checkpoint(prepared, tmp_path, toy, monk
 
 
 COMMAND = [
-    *(sys.executable, "-m", "models", "train", "--optimizer", "sevo-gradient", "--epochs", "40", "--eval-every", "2"),
+    *(sys.executable, "-m", "models", "train", "--optimizer", "sevo-gradient", "--epochs", "20", "--eval-every", "2"),
     *("--batch-size", "256", "--embedding-dim", "8", "--num-blocks", "1", "--max-length", "10"),
 ]
 
 
 def start_training(directory, *options):
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     return subprocess.Popen(
         [*COMMAND, "--output-dir", str(directory), *options],
         cwd=ROOT,
-        env=os.environ | cache,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -337,10 +332,12 @@ def wait_for_epochs(process, directory, count):
     raise AssertionError(f"no {count} epochs: {process.communicate()[1][-2000:]}")
 
 
-def test_killed_at_a_random_moment_and_resumed(tmp_path):
+def test_killed_at_a_random_moment_and_resumed(tmp_path, monkeypatch):
+    # Killed while writing a compiled program, it leaves the others' folder whole.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
     moment = random.Random()
     finish(start_training(tmp_path / "whole"))
-    for after in (moment.randrange(1, 15), moment.randrange(16, 36)):
+    for after in (moment.randrange(1, 8), moment.randrange(9, 17)):
         process = start_training(tmp_path / "killed", "--resume")
         wait_for_epochs(process, tmp_path / "killed", after)
         time.sleep(moment.random() * 0.1)
@@ -348,7 +345,7 @@ def test_killed_at_a_random_moment_and_resumed(tmp_path):
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it finished before it was killed"
     finish(start_training(tmp_path / "killed", "--resume"))
-    for epoch in (38, 40):
+    for epoch in (18, 20):
         assert_same(leaves(tmp_path / "whole", epoch), leaves(tmp_path / "killed", epoch))
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")]
     assert results[0]["test"] == results[1]["test"]

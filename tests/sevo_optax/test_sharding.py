@@ -29,7 +29,8 @@ def test_explicit_mesh_of_one_device():
         for update in (tx.update, jax.jit(tx.update)):
             updates, _ = update(placed, tx.init(x))
             assert updates.sharding == placed.sharding
-            np.testing.assert_allclose(updates, smooth(x, weights), rtol=1e-6)
+            # Another program may add in another order, and terms of size one cancel.
+            np.testing.assert_allclose(updates, smooth(x, weights), rtol=1e-6, atol=1e-7)
         text = jax.jit(tx.update).lower(placed, tx.init(x)).as_text()
         assert "csr_sparse_dense" in text
 
