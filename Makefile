@@ -10,7 +10,7 @@ LOWEST := build/lowest
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/.models  ## train SASRec three ways on embedded data and compare (about 3 minutes)
+demo: $(VENV)/.models  ## train SASRec three ways on embedded data and compare (less than 3 minutes)
 	$(BIN)/python -m models compare --epochs 80 --batch-size 64 --output-dir runs/demo --overwrite
 
 test: $(VENV)/.test types  ## format, lint and type checks, then every test and every notebook on small data
