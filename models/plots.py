@@ -192,7 +192,7 @@ def training_curves(
     if bars:
         right.legend(bars, [f"{optimizer}, published: mean and range" for optimizer in published], frameon=False)
     lowest, highest = right.get_ylim()
-    if highest > 4 * lowest:
+    if highest > 4 * lowest and right.dataLim.y0 > 0:  # MAERec's loss falls below zero
         right.set_yscale("log")
         right.yaxis.set_major_locator(LogLocator(subs=[1, 2, 3, 5, 7]))
         right.yaxis.set_major_formatter("{x:g}")

@@ -1242,3 +1242,14 @@ def test_every_kind_of_picture(tmp_path):
     plots.clusters([plots.Clusters("x", ["a", "b", "c"], [series, series])], tmp_path / "d.png", ylabel="y")
     for name in "abcd":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"), [([1.0, 0.1], "log"), ([1.0, 0.9], "linear"), ([1.0, 0.1, -0.2], "linear")]
+)
+def test_the_axis_of_losses_is_logarithmic_where_it_can_be(losses, scale, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda fig, path: drawn.append(fig))
+    plots.training_curves([plots.Seeds("adam", "adam", 0, [losses], [[(1, 0.1), (2, 0.2)]])], tmp_path / "a.png")
+    assert drawn[0].axes[1].get_yscale() == scale
+    plots.plt.close(drawn[0])
