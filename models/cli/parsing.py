@@ -5,7 +5,7 @@ import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro import _errors  # private, but the only way to a refusal before it is drawn; pyproject.toml pins tyro for it
@@ -14,6 +14,7 @@ from models.checks import check_text, shortened
 
 NAMES = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), Path: ("a path", "paths")}
 TEXT = ("text", "texts")
+_HIDDEN = get_args(tyro.conf.Suppress[int])[1]
 
 
 def parse(parser: Any, arguments: Sequence[str], *, commands: Mapping[str, Any], prog: str, description: str) -> Any:
@@ -110,12 +111,16 @@ def _unknown(token: str, commands: Mapping[str, Any], command: str | None) -> st
 
 
 def _options(command: Any) -> Iterator[str]:
-    """The options of a command: its fields, and those of dataclasses among them."""
-    for name, kind in get_type_hints(command).items():
+    """The options of a command: its fields but those that are hidden, and those of dataclasses among them."""
+    kinds = get_type_hints(command, include_extras=True)  # class variables among them
+    for field in dataclasses.fields(command):
+        kind, *extras = (
+            get_args(kinds[field.name]) if get_origin(kinds[field.name]) is Annotated else [kinds[field.name]]
+        )
         if dataclasses.is_dataclass(kind):
             yield from _options(kind)
-        else:
-            yield f"--{name.replace('_', '-')}"
+        elif _HIDDEN not in extras:
+            yield f"--{field.name.replace('_', '-')}"
 
 
 def _values(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:

@@ -160,6 +160,7 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["train", "--data", "/"], "/ is a folder"),
         (["train", "--epoch", "3"], "unknown option '--epoch'; did you mean --epochs?; see"),
         (["train", "--zzz=3"], "unknown option '--zzz'; see python -m models train --help"),
+        (["compare", "--optimizer", "adamw"], "unknown option '--optimizer'; see python -m models compare --help"),
         (["recommend", "--checkpoint", "runs", "--user-colum", "x"], "did you mean --user-column?"),
         (["recommend", "--kk", "3"], "unknown option '--kk'"),
         (["train", "extra"], "'extra' belongs to no option of train"),
