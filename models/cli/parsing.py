@@ -5,7 +5,7 @@ import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro import _errors  # private, but the only way to a refusal before it is drawn; pyproject.toml pins tyro for it
@@ -112,14 +112,11 @@ def _unknown(token: str, commands: Mapping[str, Any], command: str | None) -> st
 
 def _options(command: Any) -> Iterator[str]:
     """The options of a command: its fields but those that are hidden, and those of dataclasses among them."""
-    kinds = get_type_hints(command, include_extras=True)  # class variables among them
-    for field in dataclasses.fields(command):
-        kind, *extras = (
-            get_args(kinds[field.name]) if get_origin(kinds[field.name]) is Annotated else [kinds[field.name]]
-        )
-        if dataclasses.is_dataclass(kind):
-            yield from _options(kind)
-        elif _HIDDEN not in extras:
+    kinds, marked = get_type_hints(command), get_type_hints(command, include_extras=True)
+    for field in dataclasses.fields(command):  # hints are those of class variables as well
+        if dataclasses.is_dataclass(kinds[field.name]):
+            yield from _options(kinds[field.name])
+        elif _HIDDEN not in getattr(marked[field.name], "__metadata__", ()):
             yield f"--{field.name.replace('_', '-')}"
 
 
