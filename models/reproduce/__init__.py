@@ -23,7 +23,8 @@ class Reproduce:
     """3, 4, 5: the paper's tables. distillation: an experiment of it. cross-entropy, cross-entropy-graphs, cold-start,
     one-line: our own questions. Or a YAML file like these. (Left out: 3, unless a figure is asked for.)"""
     figure: str | None = None
-    """3, 4a, 4b, 5a, 5b, 6, 7, 8: the paper's figures."""
+    """3, 4a, 4b, 5a, 5b, 6, 7, 8: the paper's figures. Of 3, which is about seconds, a few epochs are measured, and
+    nothing is trained to its end."""
     list: bool = False
     """Name the tables and figures, say how many of their cells are there, and do nothing else."""
     dry_run: bool = False
@@ -68,7 +69,9 @@ class Reproduce:
         if self.list:
             self._list(tables)
             return
-        if not self.report:
+        if not self.report and table.measured:
+            self._measure(table)
+        elif not self.report:
             self._train(table)
         if self.dry_run:
             return
@@ -82,6 +85,28 @@ class Reproduce:
         from models.reproduce.status import listing
 
         print(listing(tables, Cells(self.results_dir), self.seeds))
+
+    def _measure(self, table: "Table") -> None:
+        from models.reproduce import costs
+        from models.reproduce.status import dry_run_costs
+
+        for name in ("arms", "epochs", "workers"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name}: the seconds of {table.name} are measured, with all arms side by side in one process, got "
+                    f"{getattr(self, name)}; leave out --{name}"
+                )
+        jobs, done = costs.plan_costs(
+            table, datasets=self.datasets, models=self.models, data_dir=self.data_dir, results_dir=self.results_dir
+        )
+        print(f"{table.title}: {done} rows are done, {len(jobs)} to measure", flush=True)
+        if self.dry_run:
+            from models.reproduce.cells import Cells
+            from models.reproduce.runner import device_name
+
+            print(dry_run_costs(jobs, Cells(self.results_dir), device_name()))
+        else:
+            costs.measure_all(jobs)
 
     def _train(self, table: "Table") -> None:
         from models.reproduce import runner

@@ -189,8 +189,8 @@ class Cell:
 
     @functools.cached_property
     def identity(self) -> str:
-        """What was trained, see :func:`identity_of`."""
-        return _identity(_completed(self.config, self.model), self.arm)
+        """What was trained, see :func:`identity_kept`."""
+        return identity_kept(self.config, self.arm)
 
     def serves(self, group: SeedGroup, config: TrainConfig | None = None) -> bool:
         """Whether this cell, of whatever table, is one of a group.
@@ -209,7 +209,7 @@ class Cell:
             return False
         if config is None:
             return True
-        found, sought = _completed(self.config, self.model), portable(config)
+        found, sought = _completed(self.config), portable(config)
         if any(found[name] != sought[name] for name in SOURCE if name in sought):
             return False
         return self.config["epochs"] >= config.epochs
@@ -258,6 +258,11 @@ def identity_of(config: TrainConfig, arm: str) -> str:
     return _identity(portable(config), arm)
 
 
+def identity_kept(values: Mapping[str, Any], arm: str) -> str:
+    """The same of a configuration that was kept, maybe by an earlier version of this program, see :func:`portable`."""
+    return _identity(_completed(values), arm)
+
+
 def _identity(values: Mapping[str, Any], arm: str) -> str:
     kept = {name: x for name, x in values.items() if name not in (*ASIDE, *SOURCE, "seed")}
     if kept.get("schedule") == "constant":
@@ -274,9 +279,9 @@ def _identity(values: Mapping[str, Any], arm: str) -> str:
     return json.dumps({name: x for name, x in kept.items() if name not in unheeded}, sort_keys=True)
 
 
-def _completed(values: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """A cell's configuration with what is newer than the cell, and without what there is no longer."""
-    usual = _defaults(model)
+def _completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A kept configuration with what is newer than it, and without what there is no longer."""
+    usual = _defaults(values["model"])
     return usual | {name: x for name, x in values.items() if name in usual}
 
 
@@ -308,7 +313,7 @@ class Cells:
     @functools.cached_property
     def _by_identity(self) -> dict[str, list[tuple[Path, Cell]]]:
         found: dict[str, list[tuple[Path, Cell]]] = {}
-        for path in sorted(self.results_dir.glob("*/*.json")):
+        for path in sorted(self.results_dir.glob("*/*-seed*.json")):
             cell = self.read(path)
             found.setdefault(cell.identity, []).append((path, cell))
         return found

@@ -245,19 +245,19 @@ def _draw_gains(found: TableCells, path: Path) -> bool:
 def _draw_times(found: TableCells, path: Path) -> bool:
     training, inference = [], []
     for row in found.rows:
-        trained = {summary.group.arm: summary for summary in row.summaries}
         for arm in row.row.arms:
             theirs = found.table.times.get(row.row.subject, {}).get(arm, {})
-            summary = trained.get(arm)
+            costs = None if row.costs is None else row.costs.arms[arm]
             label, color = f"{row.row.subject}, {arm}", plots.COLORS.get(arm)
-            ours = summary.training_seconds if summary else None
+            ours = None if costs is None else costs.training_seconds
             training.append(plots.Bar(label, color, ours, published=theirs.get("training")))
-            ours = summary.inference_seconds if summary else None
+            ours = None if costs is None else costs.inference_seconds
             inference.append(plots.Bar(label, color, ours, published=theirs.get("inference")))
-    if found.trained:
+    measured = any(row.costs is not None for row in found.rows)
+    if measured:
         panels = {"training": training, "inference": inference}
         plots.bars(panels, path, ylabel="seconds", title=found.table.title, log=True)
-    return bool(found.trained)
+    return measured
 
 
 def map_path(results_dir: Path, experiment: str, group: SeedGroup, seed: int) -> Path:

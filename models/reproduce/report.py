@@ -70,19 +70,16 @@ def write_report(results_dir: Path, tables: Sequence[Table]) -> list[Path]:
     store = Cells(results_dir)
     found = [TableCells.of(table, store) for table in tables]
     cells = store.all()
-    if not cells:
+    if not cells and not any(row.costs for table in found for row in table.rows):
         raise ValueError(f"results_dir: {results_dir} holds no cells; train some first, without --report")
     protocols = _distinct([cell.protocol for cell in cells])
     versions = _distinct([", ".join(f"{name} {x}" for name, x in cell.versions.items()) for cell in cells])
-    parts = [
-        "# Results",
-        *_claims_parts(found),
-        READING.format(
-            protocol="; or ".join(protocols),
-            versions="; or ".join(versions),
-            devices="; ".join(_distinct([cell.device for cell in cells])),
-        ).rstrip(),
-    ]
+    parts = ["# Results", *_claims_parts(found)]
+    if cells:
+        devices = "; ".join(_distinct([cell.device for cell in cells]))
+        parts.append(
+            READING.format(protocol="; or ".join(protocols), versions="; or ".join(versions), devices=devices).rstrip()
+        )
     files = []
     for table in found:
         section, pictures = _section(table, results_dir, cells)
@@ -135,8 +132,9 @@ def _section(found: TableCells, results_dir: Path, cells: Sequence[Cell]) -> tup
         command = f"python -m models reproduce --{table.name.replace('-', ' ', 1)}"
         if not table.name.startswith(("table-", "figure-")):
             command = f"python -m models reproduce --table {table.name}"
+        does = "measures" if table.measured else "trains"
         parts.append(
-            f"Not run (`{command} --data-dir DIR` trains it):\n\n" + "\n".join(f"* {line}" for line in missing)
+            f"Not run (`{command} --data-dir DIR` {does} it):\n\n" + "\n".join(f"* {line}" for line in missing)
         )
     curves = table.picture.kind == "curves"
     files = [] if curves else draw_table(found, results_dir)
@@ -252,7 +250,9 @@ def not_run(found: TableCells, cells: Sequence[Cell]) -> list[str]:
     devices = Counter(cell.device for cell in cells)
     device = devices.most_common(1)[0][0] if devices else ""
     for row in found.rows:
-        if row.missing:
+        if row.missing and found.table.measured:
+            lines.append(row.row.title)
+        elif row.missing:
             which = f": {', '.join(group.label for group in row.missing)}" if row.summaries else ""
             seconds = [seconds_of(group, group.config().epochs, cells, device) for group in row.missing]
             known = [x for x in seconds if x is not None]
@@ -264,23 +264,33 @@ def not_run(found: TableCells, cells: Sequence[Cell]) -> list[str]:
 
 def _times_parts(found: TableCells) -> list[str]:
     """Seconds of training and inference, beside the published ones."""
-    lines = []
+    lines, measured = [], []
     for row in found.rows:
         title = row.row.subject
         for arm in row.row.arms:
             theirs = found.table.times.get(row.row.subject, {}).get(arm, {})
-            summary = next((x for x in row.summaries if x.group.arm == arm), None)
-            ours = [NONE] * 4
-            if summary is not None:
-                ours = [str(summary.group.config().epochs), f"{summary.epoch_seconds:.2f}"]
-                ours += [f"{summary.training_seconds:,.0f}"]
-                inference = summary.inference_seconds
-                ours += [NONE if inference is None else f"{inference:.2f}"]
+            ours = [NONE] * 5
+            if row.costs is not None:
+                costs = row.costs.arms[arm]
+                more = row.costs.overhead(arm)
+                ours = [str(costs.epochs), f"{costs.epoch_seconds:.2f}", NONE if more is None else f"{more:+.0%}"]
+                ours += [f"{costs.training_seconds:,.0f}", f"{costs.inference_seconds:.2f}"]
+                measured.append(f"on {row.costs.device}, with jax {row.costs.versions['jax']}")
             published = [f"{theirs[name]:,g}" if name in theirs else NONE for name in ("training", "inference")]
-            lines.append([title, arm, *ours[:3], published[0], ours[3], published[1]])
+            lines.append([title, arm, *ours[:4], published[0], ours[4], published[1]])
             title = ""
-    header = ["", "optimizer", "epochs", "s/epoch", "training, s", "published", "inference, s", "published"]
-    return [markdown(header, lines, left=2)] if found.trained else []
+    header = [
+        "",
+        "optimizer",
+        "epochs",
+        "s/epoch",
+        "over adamw",
+        "training, s",
+        "published",
+        "inference, s",
+        "published",
+    ]
+    return [f"Measured {'; '.join(_distinct(measured))}.", markdown(header, lines, left=2)] if measured else []
 
 
 def _smoothness_parts(found: TableCells) -> list[str]:

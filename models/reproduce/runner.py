@@ -19,7 +19,7 @@ from models.files import claim, read_json
 from models.memory import out_of_memory_told
 from models.reproduce.cells import PORTABLE, REVISIONS, Cell, Cells, cell_path, defaults_of, identity_of, portable
 from models.reproduce.maps import umap_class
-from models.reproduce.tables import PLAIN, Dataset, SeedGroup, Table
+from models.reproduce.tables import PLAIN, Dataset, Row, SeedGroup, Table
 from models.training.files import read_history
 
 if TYPE_CHECKING:
@@ -102,21 +102,12 @@ def plan(
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    for name, asked, known in [
-        ("datasets", datasets, {row.dataset for row in table.rows}),
-        ("models", models, {row.config.model for row in table.rows}),
-        ("arms", arms, {arm for row in table.rows for arm in row.arms}),
-    ]:
-        for value in asked:
-            if value not in known:
-                raise ValueError(f"{name} must be among {', '.join(sorted(known))} in {table.name}, got {value}")
+    rows = select_rows(table, datasets, models, arms)
     jobs, done = [], 0
     cells, planned = Cells(results_dir), set()
-    for row in table.rows:
-        if (datasets and row.dataset not in datasets) or (models and row.config.model not in models):
-            continue
+    for row in rows:
         dataset = table.datasets[row.dataset]
-        fields = dataset.public if data_dir is None else {"data": data_dir / dataset.file}
+        fields = dataset.fields(data_dir)
         if epochs is not None and not row.closed_form:
             fields = fields | {"epochs": epochs}
         for seed in range(table.num_seeds(row, seeds)):
@@ -125,30 +116,62 @@ def plan(
                     continue
                 teacher, vectors = table.teacher(group), {}
                 if teacher is not None:
-                    config = teacher.config(**fields, **_attributes(teacher, dataset, data_dir), seed=seed)
+                    config = teacher.config(**fields, **attributes_fields(teacher, dataset, data_dir), seed=seed)
                     teacher = _job(table, teacher, config, cells, results_dir, work_dir)
                     # Whatever differs in the teacher gives the file another name, which the student's cell keeps.
                     name = f"{teacher.group.name}-seed{seed}-{_digest(config)}-{config.epochs}-epochs.npz"
                     vectors = {"vectors": work_dir / table.name / name}
-                config = group.config(**fields, **_attributes(group, dataset, data_dir), **vectors, seed=seed)
+                config = group.config(**fields, **attributes_fields(group, dataset, data_dir), **vectors, seed=seed)
                 job = _job(table, group, config, cells, results_dir, work_dir, teacher)
                 if job.done or cells.shared(group, config) is not None:
                     done += 1
                     continue
                 if getattr(config, "keep_epochs", ()):
                     umap_class()  # it is needed at the end: better missed now
-                if data_dir is not None and not config.data.is_file():
-                    raise ValueError(
-                        f"data_dir: {config.data} does not exist; it holds a line 'user item item …' a user, oldest "
-                        f"first. Put it there, leave {row.dataset} out of --datasets, or leave out --data-dir "
-                        f"to fetch the public {dataset.public.get('data')}"
-                    )
+                check_source(row, dataset, data_dir)
                 # Two groups of a table may be the same run, such as those of two methods at beta 0.
                 run = (row.dataset, identity_of(config, group.arm), group.arm, seed)
                 if run not in planned:
                     planned.add(run)
                     jobs.append(job)
     return jobs, done
+
+
+def select_rows(table: Table, datasets: Sequence[str], models: Sequence[str], arms: Sequence[str] = ()) -> list[Row]:
+    """The rows of a table that are asked for.
+
+    Args:
+      table: the table.
+      datasets: of these alone; empty: of all, and so on.
+      models: of these alone.
+      arms: are checked alone.
+
+    Raises:
+      ValueError: if the table has none of what is asked for.
+    """
+    for name, asked, known in [
+        ("datasets", datasets, {row.dataset for row in table.rows}),
+        ("models", models, {row.config.model for row in table.rows}),
+        ("arms", arms, {arm for row in table.rows for arm in row.arms}),
+    ]:
+        for value in asked:
+            if value not in known:
+                raise ValueError(f"{name} must be among {', '.join(sorted(known))} in {table.name}, got {value}")
+    return [
+        row
+        for row in table.rows
+        if (not datasets or row.dataset in datasets) and (not models or row.config.model in models)
+    ]
+
+
+def check_source(row: Row, dataset: Dataset, data_dir: Path | None) -> None:
+    """Raises ValueError if a row's data are to be in a folder, and are not there."""
+    if data_dir is not None and not (data_dir / dataset.file).is_file():
+        raise ValueError(
+            f"data_dir: {data_dir / dataset.file} does not exist; it holds a line 'user item item …' a user, oldest "
+            f"first. Put it there, leave {row.dataset} out of --datasets, or leave out --data-dir to fetch the public "
+            f"{dataset.public.get('data')}"
+        )
 
 
 def _job(
@@ -168,8 +191,8 @@ def _job(
     return Job(experiment, group, config, path, folder, teacher)
 
 
-def _attributes(group: SeedGroup, dataset: Dataset, data_dir: Path | None) -> dict[str, Path]:
-    """The field that says where the attributes are, if a group's graph is one of attributes.
+def attributes_fields(group: SeedGroup, dataset: Dataset, data_dir: Path | None) -> dict[str, Path]:
+    """The field of ``TrainConfig`` that says where the attributes are, if a group's graph is one of attributes.
 
     Raises:
       ValueError: if they are nowhere.
@@ -203,7 +226,7 @@ def train(jobs: Sequence[Job]) -> None:
             # Students of several teachers have several graphs, and no program in common.
             by_group.setdefault((job.group.name, getattr(job.config, "vectors", None)), []).append(job)
         together = list(by_group.values())
-    data = _Data()
+    data = PreparedData()
     failed = []
     for mine in together:
         with contextlib.ExitStack() as stack:
@@ -234,7 +257,7 @@ def train(jobs: Sequence[Job]) -> None:
         raise ValueError(f"{', '.join(failed)} failed, see above; the other cells are there")
 
 
-def _teach(job: Job, data: "_Data") -> None:
+def _teach(job: Job, data: "PreparedData") -> None:
     """Has a job's teacher trained and its item vectors written, unless they are there.
 
     Where another process trains the teacher, this waits for it.
@@ -269,7 +292,7 @@ def _write_vectors(folder: Path, path: Path) -> None:
     write_embeddings(load_run(folder, "best"), path)
 
 
-class _Data:
+class PreparedData:
     """The data of the newest run, kept for the next one."""
 
     def __init__(self) -> None:
@@ -277,6 +300,7 @@ class _Data:
         self._prepared: TrainingData | None = None
 
     def prepared(self, config: TrainConfig) -> "TrainingData":
+        """What runs of a configuration are trained on."""
         from models.data import load_interactions
         from models.training.training_data import make_training_data
 
@@ -297,19 +321,13 @@ def _without_strengths(config: TrainConfig) -> TrainConfig:
 
 
 def _write_cell(job: Job, result: "Result", prepared: "TrainingData") -> None:
-    import flax
-    import jax
-    import optax
-
-    import sevo_optax
-
     cell = Cell.from_result(
         job.experiment,
         job.group,
         job.config,
         dataclasses.asdict(result) | {"device": _device(result.device)},
         read_history(job.folder / "history.jsonl"),
-        versions={package.__name__: package.__version__ for package in (jax, flax, optax, sevo_optax)},
+        versions=package_versions(),
     )
     if job.config.to_dict().get("keep_epochs"):
         from models.reproduce.maps import make_maps
@@ -318,6 +336,17 @@ def _write_cell(job: Job, result: "Result", prepared: "TrainingData") -> None:
         make_maps(job.folder, job.config, prepared.interactions.item_ids).write(job.path.with_suffix(".npz"))
     cell.write(job.path)
     print(f"{job.path}: NDCG@10 {cell.test['NDCG@10']:.4f} at epoch {cell.best_epoch}", flush=True)
+
+
+def package_versions() -> dict[str, str]:
+    """The packages that results depend on, as files of results name them."""
+    import flax
+    import jax
+    import optax
+
+    import sevo_optax
+
+    return {package.__name__: package.__version__ for package in (jax, flax, optax, sevo_optax)}
 
 
 def usual_workers() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from tabulate import tabulate
 
 from models.reproduce.cells import Cell, Cells
+from models.reproduce.costs import ROUNDS, CostsJob, find_costs
 from models.reproduce.runner import Job
 from models.reproduce.tables import SeedGroup, Table
 
@@ -22,6 +23,10 @@ def listing(tables: Sequence[Table], cells: Cells, seeds: int) -> str:
     for table in tables:
         there = total = short = 0
         for row in table.rows:
+            if table.measured:
+                total += 1
+                there += find_costs(cells.results_dir, table.name, row) is not None
+                continue
             wanted = table.num_seeds(row, seeds)
             total += wanted * len(row.groups)
             for group in row.groups:
@@ -84,6 +89,21 @@ def dry_run(jobs: Sequence[Job], cells: Cells, device: str, workers: int) -> str
     side_by_side = f", {workers} side by side: {duration(known / workers)}" if workers > 1 else ""
     rest = f"; and {unknown} of which the time is not known" if unknown else ""
     return f"{text}\n\n{len(jobs) - unknown} runs, about {duration(known)}{side_by_side}{rest}"
+
+
+def dry_run_costs(jobs: Sequence[CostsJob], cells: Cells, device: str) -> str:
+    """What of a table is not measured, a line a row, and roughly how long measuring takes, apart from compiling."""
+    if not jobs:
+        return "nothing is missing"
+    everything = cells.all()
+    lines = []
+    for job in jobs:
+        seconds = [seconds_of(group, ROUNDS + 1, everything, device) for group in job.row.groups]
+        known = [x for x in seconds if x is not None]
+        about = duration(sum(known)) if len(known) == len(seconds) else "unknown"
+        lines.append([job.row.name, ", ".join(job.configs), about])
+    header = ["to measure", "optimizers", "about"]
+    return tabulate(lines, header, tablefmt="plain", disable_numparse=True, colalign=["left", "left", "right"])
 
 
 def duration(seconds: float) -> str:

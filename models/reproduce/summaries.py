@@ -9,6 +9,7 @@ from typing import Any
 
 from models.config import SELECTION, Grouping, Optimizer
 from models.reproduce.cells import Cell, Cells
+from models.reproduce.costs import find_costs
 from models.reproduce.tables import BASELINES, METRICS, Measured, Published, Row, SeedGroup, Table, settings_in_words
 from models.training.compare import Gain, gain
 from models.training.time_to_quality import Course, TimeToQuality, time_to_quality
@@ -60,17 +61,6 @@ class Summary:
     def epoch_seconds(self) -> float:
         """Mean seconds of an epoch."""
         return statistics.fmean(cell.epoch_seconds for cell in self.cells)
-
-    @property
-    def training_seconds(self) -> float:
-        """Mean seconds of an epoch times the epochs of the settings, without evaluation."""
-        return self.epoch_seconds * self.group.config().epochs
-
-    @property
-    def inference_seconds(self) -> float | None:
-        """Mean seconds of ranking all validation users' lists; None: not known."""
-        known = [cell.inference_seconds for cell in self.cells if cell.inference_seconds is not None]
-        return statistics.fmean(known) if known else None
 
     @property
     def courses(self) -> dict[int, Course]:
@@ -181,10 +171,17 @@ class RowCells:
       row: the row.
       cells: where the cells are.
       experiment: the table's name.
+      measured: whether it is the costs of the row that are wanted, and no cells.
     """
 
-    def __init__(self, row: Row, cells: Cells, experiment: str) -> None:
+    def __init__(self, row: Row, cells: Cells, experiment: str, *, measured: bool = False) -> None:
         self.row = row
+        #: What was measured; None: nothing, or nothing is to be.
+        self.costs = find_costs(cells.results_dir, experiment, row) if measured else None
+        if measured:
+            self.summaries: list[Summary] = []
+            self.missing = row.groups if self.costs is None else []
+            return
         found = [Summary(group, cells.of(experiment, group)) for group in row.groups]
         self.summaries = [summary for summary in found if summary.cells]
         self.missing = [summary.group for summary in found if not summary.cells]
@@ -344,7 +341,7 @@ class TableCells:
     @classmethod
     def of(cls, table: Table, cells: Cells) -> "TableCells":
         """Finds what was trained of a table."""
-        return cls(table, [RowCells(row, cells, table.name) for row in table.rows])
+        return cls(table, [RowCells(row, cells, table.name, measured=table.measured) for row in table.rows])
 
     @property
     def trained(self) -> list[RowCells]:

@@ -303,6 +303,10 @@ class Dataset:
     public: dict[str, Any]
     attributes: str | None = None
 
+    def fields(self, data_dir: Path | None) -> dict[str, Any]:
+        """The fields of ``TrainConfig`` that say where the data are: in a folder; None: in a public place."""
+        return self.public if data_dir is None else {"data": data_dir / self.file}
+
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
@@ -367,6 +371,11 @@ class Table:
     gains: tuple[PublishedGain, ...] = ()
     times: dict[str, dict[Optimizer, dict[str, float]]] = dataclasses.field(default_factory=dict)
     seeds: int | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is about what training costs, which a few epochs tell, so that nothing is trained to its end."""
+        return self.picture.kind == "times"
 
     def num_seeds(self, row: Row, asked: int) -> int:
         """How many seeds a row is trained with, where some are asked for."""
@@ -473,6 +482,13 @@ def load_table(name_or_path: str | PathLike[str]) -> Table:
 
 def _picture(values: PictureFile, rows: Sequence[Row], where: str) -> Picture:
     picture = Picture(values["kind"], tuple(values.get("over", ())), values.get("groups", {}))
+    if picture.kind == "times":
+        for row in rows:
+            if row.vary or row.teacher is not None:
+                raise ValueError(
+                    f"{where}: picture: times measures the arms of a row, so {row.title} must not have "
+                    f"{'vary' if row.vary else 'teacher'}; take it out, or draw something else"
+                )
     if picture.kind not in ("lines", "smoothness", "maps"):
         return picture
     for row in rows:
