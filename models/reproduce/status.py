@@ -1,5 +1,6 @@
 """What is there, what is missing, and roughly how long it takes."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -9,6 +10,9 @@ from models.reproduce.cells import Cell, Cells
 from models.reproduce.costs import ROUNDS, CostsJob, find_costs
 from models.reproduce.runner import Job
 from models.reproduce.tables import SeedGroup, Table
+
+# Of the data sets of the bundled tables.
+INTERACTIONS = {"beauty": 198_502, "toys": 167_597, "tools": 134_476, "ml-1m": 999_611, "ml-1m-cold": 999_611}
 
 
 def listing(tables: Sequence[Table], cells: Cells, seeds: int) -> str:
@@ -39,7 +43,10 @@ def listing(tables: Sequence[Table], cells: Cells, seeds: int) -> str:
 
 
 def seconds_of(group: SeedGroup, epochs: int, cells: Iterable[Cell], device: str) -> float | None:
-    """Roughly how long a run takes: as long an epoch as runs of the same model, loss and data set on such a device.
+    """Roughly how long a run takes: as long an epoch as runs of the same model and loss on such a device.
+
+    Runs on the same data set are asked first, then those on the one that is next in size, in proportion to the
+    interactions.
 
     Args:
       group: what is trained.
@@ -51,19 +58,23 @@ def seconds_of(group: SeedGroup, epochs: int, cells: Iterable[Cell], device: str
       Seconds; None: there is no such run.
     """
     values = group.config().to_dict()
-    similar = [
-        cell
-        for cell in cells
-        if (cell.dataset, cell.model) == (group.row.dataset, values["model"])
-        and cell.variant == values.get("loss", "")
-        and cell.device.partition(",")[0].lower() == device.partition(",")[0].lower()
-    ]
-    similar = [cell for cell in similar if cell.arm == group.arm] or similar
-    if not similar:
-        return None
+    by_dataset: dict[str, list[Cell]] = {}
+    for cell in cells:
+        same = (cell.model, cell.variant) == (values["model"], values.get("loss", ""))
+        if same and cell.device.partition(",")[0].lower() == device.partition(",")[0].lower():
+            by_dataset.setdefault(cell.dataset, []).append(cell)
+    dataset, scale = group.row.dataset, 1.0
+    if dataset not in by_dataset:
+        size = INTERACTIONS.get(dataset)
+        scales = {other: size / INTERACTIONS[other] for other in by_dataset if size and other in INTERACTIONS}
+        if not scales:
+            return None
+        dataset = min(scales, key=lambda other: abs(math.log(scales[other])))
+        scale = scales[dataset]
+    similar = [cell for cell in by_dataset[dataset] if cell.arm == group.arm] or by_dataset[dataset]
     # What evaluation adds; the least, because pauses count as well.
     besides = min(cell.total_seconds / max(cell.epochs * cell.epoch_seconds, 1e-9) for cell in similar)
-    return statistics.median(cell.epoch_seconds for cell in similar) * epochs * max(besides, 1)
+    return statistics.median(cell.epoch_seconds for cell in similar) * scale * epochs * max(besides, 1)
 
 
 def dry_run(jobs: Sequence[Job], cells: Cells, device: str, workers: int) -> str:

@@ -21,6 +21,7 @@ from models.reproduce.cells import Cell, Cells, cell_path, identity_of, portable
 from models.reproduce.claims import CLAIMS, Verdict, claim_lines
 from models.reproduce.costs import ArmCosts, Costs, find_costs
 from models.reproduce.report import write_report
+from models.reproduce.status import seconds_of
 from models.reproduce.summaries import TableCells, average_gains
 from models.reproduce.tables import METRICS, load_table, table_names
 from models.training import compare, loop
@@ -1088,6 +1089,23 @@ class TestStatus:
         assert ["tiny-sasrec-ce-sevo-adamw-beta0.5", "0,", "1", "2", "90", "s"] in out
         assert len(trained) == 2
         assert sorted(Path("results").rglob("*")) == before
+
+    def test_on_other_data_in_proportion_to_the_interactions(self, folder):
+        def cell(row, seconds):
+            group = row.groups[0]
+            config = group.config(data=Path("x.txt"))
+            result = dataclasses.asdict(invented(config, group.arm, 0))
+            result |= {"epoch_seconds": seconds, "total_seconds": 2 * seconds * config.epochs}
+            history = [{"epoch": i, "loss": 1.0} for i in range(1, config.epochs + 1)]
+            return Cell.from_result("table-3", group, config, result, history, versions={})
+
+        rows = {row.title: row for row in load_table("3").rows}
+        beauty, ml_1m = cell(rows["SASRec on Beauty"], 3.0), cell(rows["SASRec on ML-1M"], 50.0)
+        group = rows["SASRec on Toys"].groups[0]
+        about = seconds_of(group, 100, [beauty, ml_1m], "CPU, 2 cores")
+        assert about == pytest.approx(100 * 2 * 3.0 * 167_597 / 198_502)  # Beauty is nearer in size
+        assert seconds_of(group, 100, [beauty, ml_1m], "a GPU") is None
+        assert seconds_of(rows["GRU4Rec on Toys"].groups[0], 100, [beauty, ml_1m], "CPU, 2 cores") is None
 
     def test_what_is_not_known(self, folder, capsys):
         reproduce(dry_run=True, seeds=1)
