@@ -15,9 +15,9 @@ from models.files import check_format, read_json, write_json
 from models.reproduce.cells import identity_kept, identity_of, portable
 from models.reproduce.runner import (
     PreparedData,
-    attributes_fields,
     check_source,
     device_name,
+    graph_fields,
     package_versions,
     select_rows,
 )
@@ -162,9 +162,7 @@ def plan_costs(
         dataset = table.datasets[row.dataset]
         check_source(row, dataset, data_dir)
         fields = dataset.fields(data_dir)
-        configs = {
-            group.arm: group.config(**fields, **attributes_fields(group, dataset, data_dir)) for group in row.groups
-        }
+        configs = {group.arm: group.config(**fields, **graph_fields(group, dataset, data_dir)) for group in row.groups}
         jobs.append(CostsJob(row, configs, costs_path(results_dir, table.name, row)))
     return jobs, done
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.config import Optimizer, TrainConfig
+from models.config import GraphConfig, Optimizer, TrainConfig
 from models.files import claim, read_json
 from models.memory import out_of_memory_told
 from models.reproduce.cells import PORTABLE, REVISIONS, Cell, Cells, cell_path, defaults_of, identity_of, portable
@@ -116,12 +116,12 @@ def plan(
                     continue
                 teacher, vectors = table.teacher(group), {}
                 if teacher is not None:
-                    config = teacher.config(**fields, **attributes_fields(teacher, dataset, data_dir), seed=seed)
+                    config = teacher.config(**fields, **graph_fields(teacher, dataset, data_dir), seed=seed)
                     teacher = _job(table, teacher, config, cells, results_dir, work_dir)
                     # Whatever differs in the teacher gives the file another name, which the student's cell keeps.
                     name = f"{teacher.group.name}-seed{seed}-{_digest(config)}-{config.epochs}-epochs.npz"
                     vectors = {"vectors": work_dir / table.name / name}
-                config = group.config(**fields, **attributes_fields(group, dataset, data_dir), **vectors, seed=seed)
+                config = group.config(**fields, **graph_fields(group, dataset, data_dir), **vectors, seed=seed)
                 job = _job(table, group, config, cells, results_dir, work_dir, teacher)
                 if job.done or cells.shared(group, config) is not None:
                     done += 1
@@ -191,13 +191,19 @@ def _job(
     return Job(experiment, group, config, path, folder, teacher)
 
 
-def attributes_fields(group: SeedGroup, dataset: Dataset, data_dir: Path | None) -> dict[str, Path]:
-    """The field of ``TrainConfig`` that says where the attributes are, if a group's graph is one of attributes.
+def graph_fields(group: SeedGroup, dataset: Dataset, data_dir: Path | None) -> dict[str, Any]:
+    """The fields of ``TrainConfig`` that say where a group's graph comes from, if it needs more than interactions.
+
+    An arm without smoothing heeds no graph, so it gets the usual one, which needs nothing else.
 
     Raises:
-      ValueError: if they are nowhere.
+      ValueError: if the attributes are nowhere.
     """
-    if group.arm in PLAIN or "attributes" not in getattr(group.config(), "graph", ()):
+    graph = getattr(group.config(), "graph", ())
+    if group.arm in PLAIN:
+        usual = {field.name: field.default for field in dataclasses.fields(GraphConfig)}
+        return usual if {"attributes", "knn"} & set(graph) else {}
+    if "attributes" not in graph:
         return {}
     if dataset.attributes is None or data_dir is None:
         name = dataset.attributes or "a file of attributes, which the table does not name"
@@ -241,12 +247,12 @@ def train(jobs: Sequence[Job]) -> None:
                 failed.append(group.name)
                 print(f"{group.name}: its teacher: {error}", file=sys.stderr, flush=True)
                 continue
-            prepared = data.prepared(config)
             seeds, folders = [job.config.seed for job in claimed], [job.folder for job in claimed]
             print(f"{claimed[0].experiment}: {group.name}, seed {', '.join(map(str, seeds))}", flush=True)
             try:
+                prepared = data.prepared(config)
                 results = loop.train_seeds(prepared, config, group.arm, seeds, folders, resume=True)
-            except ValueError as error:  # of this run alone: it diverged, or its files do not fit or are damaged
+            except ValueError as error:  # of this run alone: its data or its files do not fit, or it diverged
                 failed.append(group.name)
                 print(f"{group.name}: {error}", file=sys.stderr, flush=True)
                 results = error.results if isinstance(error, loop.DivergedError) else [None] * len(claimed)
