@@ -237,6 +237,7 @@ class Panel(NamedTuple):
       levels: label and value of horizontal lines.
       categories: whether the places are told apart, not measured: all stand equally far apart.
       log: whether the vertical axis is logarithmic.
+      legend: whether it says what the lines are.
     """
 
     title: str
@@ -247,6 +248,7 @@ class Panel(NamedTuple):
     levels: Sequence[tuple[str, float]] = ()
     categories: bool = False
     log: bool = False
+    legend: bool = True
 
 
 def panels(drawn: Sequence[Panel], path: Path, *, title: str = "", columns: int = 2) -> None:
@@ -283,7 +285,7 @@ def panels(drawn: Sequence[Panel], path: Path, *, title: str = "", columns: int 
         ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_legend_handles_labels()[1]:
+        if panel.legend and ax.get_legend_handles_labels()[1]:
             ax.legend(frameon=False, fontsize="small")
     for ax in axes.flat[len(drawn) :]:
         ax.set_axis_off()

@@ -147,7 +147,8 @@ def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Pa
         spread = None if None in deviations else deviations
         lines.append(plots.Line(label, None, [x for x, _ in points], [s.mean() for _, s in points], spread))
     published = [plots.Line(label, None, *zip(*points, strict=True)) for label, points in theirs.items()]
-    return plots.Panel(dataset, over, TEST, lines, published, list(levels.items()), categories=True)
+    title = rows[0].row.title if len(rows) == 1 else dataset
+    return plots.Panel(title, over, TEST, lines, published, list(levels.items()), categories=True)
 
 
 def _line_label(row: RowCells, rows: Sequence[RowCells], group: SeedGroup, over: str) -> str:
@@ -205,7 +206,9 @@ def _draw_smoothness(found: TableCells, path: Path) -> bool:
                 points = [(epoch, x) for epoch, x in points if x is not None]
                 if points:
                     lines.append(plots.Line(f"{over} {value}", None, *zip(*points, strict=True)))
-            panels.append(plots.Panel(f"{row.row.title}: {measured}", "epoch", "J", lines, log=True))
+            first = measured == "raw update"  # the second has the same lines, and less room
+            title = f"{row.row.title}: {measured}"
+            panels.append(plots.Panel(title, "epoch", "J", lines, log=True, legend=first))
         ours, theirs = [], []
         for measured in ("smoothed update", "embedding"):
             points = [(value, s.energy(measured)) for value, s, _ in values if s is not None]
