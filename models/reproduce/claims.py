@@ -1,12 +1,13 @@
-"""The paper's claims, judged by the cells that are there."""
+"""The paper's claims, judged by the cells that are there. Only cells of the same seeds are compared."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from models.config import SELECTION, Optimizer
-from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains
+from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains, with_common_seeds
 
 SEVO: Optimizer = "sevo-adamw"
 # Training that takes so much longer is not negligible.
@@ -80,12 +81,12 @@ def _gains(found: Found) -> Verdict:
 def _rescaling(found: Found) -> Verdict:
     holds, evidence = [], []
     for row in found["figure-4a"].rows:
-        with_it, without = finished(row, rescale=True), finished(row, rescale=False)
-        if with_it and without:
-            values = [statistics.fmean(cell.history[-1]["loss"] for cell in x.cells) for x in (without, with_it)]
-            holds.append(values[0] > values[1])
+        compared = with_common_seeds({x: finished(row, rescale=x) for x in (True, False)})
+        if compared:
+            values = {x: statistics.fmean(cell.history[-1]["loss"] for cell in compared[x].cells) for x in compared}
+            holds.append(values[False] > values[True])
             evidence.append(
-                f"{row.row.dataset}: last training loss {values[0]:.2f} without it, {values[1]:.2f} with it"
+                f"{row.row.dataset}: last training loss {values[False]:.2f} without it, {values[True]:.2f} with it"
             )
     return Verdict(holds, evidence)
 
@@ -94,14 +95,12 @@ def _iterative(found: Found) -> Verdict:
     holds, evidence = [], []
     for row in found["figure-5b"].rows:
         for beta in row.row.vary["beta"]:
-            neumann = finished(row, smoothing="neumann", beta=beta)
-            iterative = finished(row, smoothing="iterative", beta=beta)
-            if beta <= TURNS_AT or not (neumann and iterative):
+            compared = with_common_seeds({x: finished(row, smoothing=x, beta=beta) for x in ("neumann", "iterative")})
+            if beta <= TURNS_AT or not compared:
                 continue
-            holds.append(iterative.mean() < neumann.mean())
-            evidence.append(
-                f"{row.row.dataset}, beta {beta}: iterative {iterative.mean():.4f}, Neumann {neumann.mean():.4f}"
-            )
+            neumann, iterative = (compared[x].mean() for x in ("neumann", "iterative"))
+            holds.append(iterative < neumann)
+            evidence.append(f"{row.row.dataset}, beta {beta}: iterative {iterative:.4f}, Neumann {neumann:.4f}")
     return Verdict(holds, evidence)
 
 
@@ -110,12 +109,19 @@ def _layers(found: Found) -> Verdict:
     for row in found["table-4"].rows:
         if row.row.closed_form:
             continue
-        values = {n: x.mean() for n in row.row.vary["num_layers"] if (x := finished(row, num_layers=n))}
-        if len(values) < len(row.row.vary["num_layers"]):
+        compared = with_common_seeds({n: finished(row, num_layers=n) for n in row.row.vary["num_layers"]})
+        if not compared:
             continue
+        values = {n: summary.mean() for n, summary in compared.items()}
         best = max(values, key=values.__getitem__)
-        holds.append(best == 3)
-        evidence.append(f"{row.row.dataset}: best at L = {best} ({values[best]:.4f}; L = 3: {values[3]:.4f})")
+        text = f"{row.row.dataset}: best at L = {best} ({values[best]:.4f}; L = 3: {values[3]:.4f})"
+        deviation = finished(row, num_layers=3).deviation()
+        noise = 0.0 if deviation is None else 2 * deviation * math.sqrt(2 / len(compared[3].cells))
+        if best == 3 or values[best] - values[3] > noise:
+            holds.append(best == 3)
+        else:
+            text += f", which {noise:.4f} of noise (two standard errors) does not tell apart"
+        evidence.append(text)
     return Verdict(holds, evidence)
 
 
@@ -143,13 +149,17 @@ def _variants(found: Found, over: str, choice: str) -> list[tuple[RowCells, dict
     for row in found["figure-7"].rows:
         if over not in row.row.vary:
             continue
+        compared = with_common_seeds(
+            {
+                (picked, value): finished(row, **{choice: picked, over: value})
+                for picked in row.row.vary[choice]
+                for value in row.row.vary[over]
+            }
+        )
         values: dict[Any, dict[Any, float]] = {}
-        for picked in row.row.vary[choice]:
-            for value in row.row.vary[over]:
-                summary = finished(row, **{choice: picked, over: value})
-                if summary is not None:
-                    values.setdefault(picked, {})[value] = summary.mean()
-        if sum(map(len, values.values())) == len(row.row.vary[choice]) * len(row.row.vary[over]):
+        for (picked, value), summary in compared.items():
+            values.setdefault(picked, {})[value] = summary.mean()
+        if values:
             complete.append((row, values))
     return complete
 
@@ -178,15 +188,19 @@ def _distance(found: Found) -> Verdict:
 def _genres(found: Found) -> Verdict:
     rows = {row.row.given_name: row for row in found["table-5"].rows}
     interactions, genres = rows["ml-1m-interactions"], rows["ml-1m-genres"]
-    plain = finished(interactions, beta=0.0)
     holds, evidence = [], []
     for beta in genres.row.vary["beta"]:
-        ours, theirs = finished(interactions, beta=beta), finished(genres, beta=beta)
-        if plain and ours and theirs:
-            holds.append(plain.mean() < theirs.mean() < ours.mean())
-            evidence.append(
-                f"beta {beta}: nothing {plain.mean():.4f}, genres {theirs.mean():.4f}, interactions {ours.mean():.4f}"
-            )
+        compared = with_common_seeds(
+            {
+                "nothing": finished(interactions, beta=0.0),
+                "genres": finished(genres, beta=beta),
+                "interactions": finished(interactions, beta=beta),
+            }
+        )
+        if compared:
+            values = {name: summary.mean() for name, summary in compared.items()}
+            holds.append(values["nothing"] < values["genres"] < values["interactions"])
+            evidence.append(f"beta {beta}: {', '.join(f'{name} {value:.4f}' for name, value in values.items())}")
     return Verdict(holds, evidence)
 
 

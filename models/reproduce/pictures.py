@@ -11,7 +11,7 @@ from models.config import SELECTION
 from models.evaluation.groups import COUNTED
 from models.reproduce.cells import cell_path
 from models.reproduce.maps import Maps
-from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains
+from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains, with_common_seeds
 from models.reproduce.tables import PLAIN, SeedGroup, settings_in_words
 
 TEST = f"test {SELECTION}"
@@ -124,12 +124,18 @@ def _draw_lines(found: TableCells, path: Path) -> bool:
 
 
 def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Panel:
-    """Test NDCG@10 over one of the settings that rows vary; the others, and the rows, tell lines apart."""
+    """Test NDCG@10 over one of the settings that rows vary; the others, and the rows, tell lines apart.
+
+    All that is drawn is of the same seeds, if they have some in common.
+    """
     ours: dict[str, list[tuple[float, Summary]]] = {}
     theirs: dict[str, list[tuple[float, float]]] = {}
     levels: dict[str, float] = {}
-    for row in rows:
-        trained = {summary.group.label: summary for summary in row.summaries}
+    everything = {(i, x.group.label): x for i, row in enumerate(rows) for x in row.summaries}
+    everything = with_common_seeds(everything) or everything
+    seeds = {cell.seed for summary in everything.values() for cell in summary.cells}
+    for i, row in enumerate(rows):
+        trained = {label: summary for (place, label), summary in everything.items() if place == i}
         for group in row.row.groups:
             summary = trained.get(group.label)
             if over not in group.settings:
@@ -148,7 +154,8 @@ def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Pa
         lines.append(plots.Line(label, None, [x for x, _ in points], [s.mean() for _, s in points], spread))
     published = [plots.Line(label, None, *zip(*points, strict=True)) for label, points in theirs.items()]
     title = rows[0].row.title if len(rows) == 1 else dataset
-    return plots.Panel(title, over, TEST, lines, published, list(levels.items()), categories=True)
+    ylabel = TEST if len(seeds) != 1 else f"{TEST}, seed {next(iter(seeds))}"
+    return plots.Panel(title, over, ylabel, lines, published, list(levels.items()), categories=True)
 
 
 def _line_label(row: RowCells, rows: Sequence[RowCells], group: SeedGroup, over: str) -> str:

@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from models.config import SELECTION, Grouping, Optimizer
 from models.reproduce.cells import Cell, Cells
@@ -13,6 +13,8 @@ from models.reproduce.costs import find_costs
 from models.reproduce.tables import BASELINES, METRICS, Measured, Published, Row, SeedGroup, Table, settings_in_words
 from models.training.compare import Gain, gain
 from models.training.time_to_quality import Course, TimeToQuality, time_to_quality
+
+Key = TypeVar("Key")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,20 @@ class GroupGain:
         difference, before = statistics.fmean(differences), statistics.fmean(other for _, other in pairs)
         deviation = statistics.stdev(differences) if len(pairs) > 1 else None
         return cls(users, mean, difference, deviation, difference / before if before else None)
+
+
+def with_common_seeds(summaries: Mapping[Key, Summary | None]) -> dict[Key, Summary]:
+    """Groups of cells, each without the seeds that another of them lacks: what may be compared.
+
+    Empty, if one of them is None or they have no seed in common.
+    """
+    known = {key: summary for key, summary in summaries.items() if summary is not None}
+    if not known or len(known) < len(summaries):
+        return {}
+    seeds = set.intersection(*({cell.seed for cell in summary.cells} for summary in known.values()))
+    if not seeds:
+        return {}
+    return {key: Summary(x.group, [cell for cell in x.cells if cell.seed in seeds]) for key, x in known.items()}
 
 
 class RowCells:
