@@ -316,6 +316,9 @@ class Cells:
         for path in sorted(self.results_dir.glob("*/*-seed*.json")):
             cell = self.read(path)
             found.setdefault(cell.identity, []).append((path, cell))
+        for cells in found.values():
+            # Diagnostics change the program, and so the last digits: every other table takes the run without them.
+            cells.sort(key=lambda x: bool(x[1].config.get("diagnostics")))
         return found
 
     def all(self) -> list[Cell]:

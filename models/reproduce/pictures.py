@@ -1,5 +1,6 @@
 """The pictures of tables and figures: what is drawn, from cells. How it is drawn is in :mod:`models.plots`."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Pa
 
     All that is drawn is of the same seeds, if they have some in common.
     """
-    ours: dict[str, list[tuple[float, Summary]]] = {}
+    ours: dict[str, list[tuple[float, Summary | None]]] = {}
     theirs: dict[str, list[tuple[float, float]]] = {}
     levels: dict[str, float] = {}
     everything = {(i, x.group.label): x for i, row in enumerate(rows) for x in row.summaries}
@@ -143,15 +144,19 @@ def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Pa
                     levels[group.arm] = summary.mean()
                 continue
             label, x = _line_label(row, rows, group, over), float(group.settings[over])
-            if summary is not None:
+            if summary is not None or label in ours:
                 ours.setdefault(label, []).append((x, summary))
             if group.published is not None and group.published.metrics:
                 theirs.setdefault(label, []).append((x, group.published.metrics[SELECTION]))
     lines = []
     for label, points in ours.items():
-        deviations = [summary.deviation() for _, summary in points]
+        while points[-1][1] is None:
+            points.pop()
+        # A gap in the line where something between was not run.
+        deviations = [math.nan if summary is None else summary.deviation() for _, summary in points]
         spread = None if None in deviations else deviations
-        lines.append(plots.Line(label, None, [x for x, _ in points], [s.mean() for _, s in points], spread))
+        means = [math.nan if summary is None else summary.mean() for _, summary in points]
+        lines.append(plots.Line(label, None, [x for x, _ in points], means, spread))
     published = [plots.Line(label, None, *zip(*points, strict=True)) for label, points in theirs.items()]
     title = rows[0].row.title if len(rows) == 1 else dataset
     ylabel = TEST if len(seeds) != 1 else f"{TEST}, seed {next(iter(seeds))}"

@@ -20,6 +20,7 @@ from models.reproduce import Reproduce, costs, maps, runner
 from models.reproduce.cells import Cell, Cells, cell_path, identity_of, portable
 from models.reproduce.claims import CLAIMS, Verdict, claim_lines
 from models.reproduce.costs import ArmCosts, Costs, find_costs
+from models.reproduce.pictures import draw_table
 from models.reproduce.report import write_report
 from models.reproduce.status import seconds_of
 from models.reproduce.summaries import TableCells, average_gains
@@ -976,6 +977,14 @@ class TestSharing:
         found = Cells(Path("results"))
         assert all(len(found.of("figure", x)) == 1 for x in load_table("figure.yaml").rows[0].groups)
 
+    def test_a_run_without_diagnostics_first(self, figure, trained):
+        reproduce(seeds=1, arms=("sevo-adamw",))
+        group = load_table("figure.yaml").rows[0].groups[2]
+        usual = Cell.read(Path("results/tiny/tiny-sasrec-bce-sevo-adamw-seed0.json"))
+        diagnosed = dataclasses.replace(usual, config=usual.config | {"diagnostics": True}, test={"NDCG@10": 0.9})
+        diagnosed.write(Path("results/before/tiny-seed0.json"))  # in front of the other by name
+        assert Cells(Path("results")).of("figure", group) == [usual]
+
     def test_a_short_run_of_another_table_goes_on_there(self, figure, trained):
         reproduce(seeds=1, epochs=1, arms=("adamw",))
         reproduce(table="figure.yaml", seeds=1, arms=("adamw",))
@@ -1349,6 +1358,20 @@ class TestClaims:
         assert (gain.datasets, gain.short) == (("tiny",), True)
         (gain,) = average_gains([row], "adamw", complete=True)
         assert (gain.datasets, gain.gain) == ((), None)
+
+
+def test_a_line_has_a_gap_where_something_was_not_run(folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "panels", lambda panels, path, **_: drawn.extend(panels))
+    (beauty,) = [row for row in load_table("4").rows if row.title == "SASRec on Beauty"]
+    for group in beauty.groups:
+        if group.settings.get("num_layers") in (0, 3):
+            complete_cell("table-4", group, 0).write(cell_path(Path("results"), "table-4", group, 0))
+    draw_table(TableCells.of(load_table("4"), Cells(Path("results"))), Path("results"))
+    (line,) = drawn[0].lines
+    assert line.x == [0, 1, 2, 3]
+    assert np.isnan(line.y).tolist() == [False, True, True, False]
+    assert drawn[0].ylabel == "test NDCG@10, seed 0"
 
 
 def test_every_kind_of_picture(tmp_path):
