@@ -136,9 +136,8 @@ def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Pa
     everything = with_common_seeds(everything) or everything
     seeds = {cell.seed for summary in everything.values() for cell in summary.cells}
     for i, row in enumerate(rows):
-        trained = {label: summary for (place, label), summary in everything.items() if place == i}
         for group in row.row.groups:
-            summary = trained.get(group.label)
+            summary = everything.get((i, group.label))
             if over not in group.settings:
                 if summary is not None and group.arm in PLAIN:
                     levels[group.arm] = summary.mean()

@@ -128,6 +128,13 @@ def complete_cell(experiment, group, seed, **fields):
     return Cell.from_result(experiment, group, config, result, history, versions={})
 
 
+def write_cells(experiment, group, scores):
+    """A cell a score, which all of its test metrics have; the first is that of seed 0."""
+    for seed, score in enumerate(scores):
+        cell = complete_cell(experiment, group, seed, test=dict.fromkeys(METRICS, score))
+        cell.write(cell_path(Path("results"), experiment, group, seed))
+
+
 def reproduce(**options):
     Reproduce(**{"table": "tiny.yaml", "data_dir": Path(), "seeds": 2, "workers": 1} | options).run()
 
@@ -1315,10 +1322,7 @@ class TestClaims:
         for row in load_table("4").rows:
             for group in row.groups:
                 place = (row.dataset, group.settings.get("num_layers"))
-                scores = [values.get(place, 0.03), *([0.9] if place == ("beauty", 5) else [])]
-                for seed, score in enumerate(scores):
-                    cell = complete_cell("table-4", group, seed, test=dict.fromkeys(METRICS, score))
-                    cell.write(cell_path(Path("results"), "table-4", group, seed))
+                write_cells("table-4", group, [values.get(place, 0.03), *([0.9] if place == ("beauty", 5) else [])])
         found = Cells(Path("results"))
         tables = {name: TableCells.of(load_table(name), found) for name in table_names()}
         lines = {line[0]: line[1:] for line in claim_lines(tables)}
@@ -1331,9 +1335,7 @@ class TestClaims:
         (beauty,) = [row for row in load_table("4").rows if row.title == "SASRec on Beauty"]
         for group in beauty.groups:
             scores = {3: [0.040, 0.042, 0.041], 4: [0.0405]}.get(group.settings.get("num_layers"), [0.030])
-            for seed, score in enumerate(scores):
-                cell = complete_cell("table-4", group, seed, test=dict.fromkeys(METRICS, score))
-                cell.write(cell_path(Path("results"), "table-4", group, seed))
+            write_cells("table-4", group, scores)
         (layers,) = [claim for claim in CLAIMS if claim.tables == ("table-4",)]
         verdict = layers.judge({"table-4": TableCells.of(load_table("4"), Cells(Path("results")))})
         assert verdict.holds == []
@@ -1366,7 +1368,7 @@ def test_a_line_has_a_gap_where_something_was_not_run(folder, monkeypatch):
     (beauty,) = [row for row in load_table("4").rows if row.title == "SASRec on Beauty"]
     for group in beauty.groups:
         if group.settings.get("num_layers") in (0, 3):
-            complete_cell("table-4", group, 0).write(cell_path(Path("results"), "table-4", group, 0))
+            write_cells("table-4", group, [0.03])
     draw_table(TableCells.of(load_table("4"), Cells(Path("results"))), Path("results"))
     (line,) = drawn[0].lines
     assert line.x == [0, 1, 2, 3]
