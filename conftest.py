@@ -5,10 +5,15 @@ those that tests start share, without the costly passes, and by the emitters tha
 rather than calls: they must be there before JAX is imported, and children inherit them.
 """
 
+import gc
 import os
 import subprocess
 import sys
 import tempfile
+
+# JAX makes objects by the million as it traces, hardly any of them in cycles: looking for those at every 700th object
+# took a tenth of the time of tests that trace much.
+gc.set_threshold(200_000, 20, 20)
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a developer's folder, kept between runs, or that of a parent
     # Removed when Python exits.

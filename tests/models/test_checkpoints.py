@@ -302,14 +302,24 @@ def test_divergence_keeps_the_last_good_checkpoint(prepared, tmp_path, toy, monk
 
 
 COMMAND = [
-    *(sys.executable, "-m", "models", "train", "--optimizer", "sevo-gradient", "--epochs", "20", "--eval-every", "2"),
-    *("--batch-size", "256", "--embedding-dim", "8", "--num-blocks", "1", "--max-length", "10"),
+    *(sys.executable, "-m", "models", "train", "--optimizer", "sevo-gradient", "--eval-every", "2"),
+    *("--batch-size", "32", "--embedding-dim", "8", "--num-blocks", "1", "--max-length", "10"),
 ]
 
 
-def start_training(directory, *options):
+@pytest.fixture
+def data_file(tmp_path):
+    """Epochs so short that a run spends much of its time on files."""
+    rng = np.random.default_rng(0)
+    rows = [f"{user} {' '.join(map(str, 1 + rng.permutation(50)[:8]))}" for user in range(200)]
+    path = tmp_path / "data.txt"
+    path.write_text("\n".join(rows))
+    return path
+
+
+def start_training(directory, data, epochs, *options):
     return subprocess.Popen(
-        [*COMMAND, "--output-dir", str(directory), *options],
+        [*COMMAND, "--data", str(data), "--epochs", str(epochs), "--output-dir", str(directory), *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -332,20 +342,20 @@ def wait_for_epochs(process, directory, count):
     raise AssertionError(f"no {count} epochs: {process.communicate()[1][-2000:]}")
 
 
-def test_killed_at_a_random_moment_and_resumed(tmp_path, monkeypatch):
+def test_killed_at_a_random_moment_and_resumed(tmp_path, data_file, monkeypatch):
     # Killed while writing a compiled program, it leaves the others' folder whole.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
     moment = random.Random()
-    finish(start_training(tmp_path / "whole"))
-    for after in (moment.randrange(1, 8), moment.randrange(9, 17)):
-        process = start_training(tmp_path / "killed", "--resume")
+    finish(start_training(tmp_path / "whole", data_file, 60))
+    for after in (moment.randrange(1, 8), moment.randrange(9, 40)):
+        process = start_training(tmp_path / "killed", data_file, 60, "--resume")
         wait_for_epochs(process, tmp_path / "killed", after)
         time.sleep(moment.random() * 0.1)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it finished before it was killed"
-    finish(start_training(tmp_path / "killed", "--resume"))
-    for epoch in (18, 20):
+    finish(start_training(tmp_path / "killed", data_file, 60, "--resume"))
+    for epoch in (58, 60):
         assert_same(leaves(tmp_path / "whole", epoch), leaves(tmp_path / "killed", epoch))
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")]
     assert results[0]["test"] == results[1]["test"]
@@ -353,9 +363,9 @@ def test_killed_at_a_random_moment_and_resumed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_polite_stop_saves_and_exits(tmp_path, number):
+def test_a_polite_stop_saves_and_exits(tmp_path, data_file, number):
     directory = tmp_path / "run"
-    process = start_training(directory)
+    process = start_training(directory, data_file, 10_000)
     wait_for_epochs(process, directory, 3)
     process.send_signal(number)
     _, error = process.communicate(timeout=300)

@@ -17,7 +17,8 @@ from models.architectures.registry import DEFAULT, model_class
 from models.training import loop
 from sevo_optax import graph
 
-SMALL = ["--epochs", "2", "--eval-every", "1", "--batch-size", "8", "--embedding-dim", "8", "--max-length", "6"]
+SMALL = ["--epochs", "2", "--eval-every", "1", "--batch-size", "8", "--embedding-dim", "8", "--num-blocks", "1"]
+SMALL += ["--max-length", "6"]
 
 
 @pytest.fixture
