@@ -79,9 +79,17 @@ def explain_constant(app: Sphinx, what: str, name: str, obj: object, options: ob
             lines += [".. code-block:: sql", "", *textwrap.indent(obj, "   ").splitlines(), ""]
 
 
+def link_within_the_site(app: Sphinx, name: str, source: list[str]) -> None:
+    """Notebooks and results lie beside this folder, where GitHub follows links to them, and become pages of it here."""
+    del app, name
+    source[0] = re.sub(r"(?<=\]\()\.\./(?=(\.\./)?notebooks/\w+\.ipynb)", "", source[0])
+    source[0] = re.sub(r"(?<=\]\()\.\./((?:\.\./)?)results/README\.md", r"\1results.md", source[0])
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", explain_constant)
+    app.connect("source-read", link_within_the_site)
 
 
 def anchor(heading: str) -> str:

@@ -87,7 +87,7 @@ class SourceConfig(ReadingConfig):
     split_times: tuple[str, str] | None = None
     """global-time: the two moments themselves; dates too, if the data's times are seconds since 1970."""
     cold_items: float = 0.0
-    """Share of the items, the same in every run, that no training sees and that alone are predicted; 0: none."""
+    """Share of the items, the same in every run, without interactions in training and alone predicted; 0: none."""
     cache_dir: Path | None = None
     """Where public data sets are kept (left out: what SEVO_OPTAX_CACHE says, or the user's cache folder)."""
 

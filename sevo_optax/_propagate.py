@@ -66,7 +66,7 @@ def prepare(adjacency: Any, dtype: Any, normalize: bool) -> CSR:
     """Turns raw weights into the normalised CSR arrays used by :func:`propagate`.
 
     Concrete weights are checked and normalised on the host in float64. A traced BCOO (an argument of a jitted function)
-    cannot be inspected: it is normalised on the device and taken on trust.
+    cannot be inspected: its shape and layout are checked, its values are normalised on the device and taken on trust.
     """
     if isinstance(adjacency, sparse.BCOO) and any(
         isinstance(part, jax.core.Tracer) for part in (adjacency.data, adjacency.indices)
@@ -77,6 +77,7 @@ def prepare(adjacency: Any, dtype: Any, normalize: bool) -> CSR:
 
 
 def _prepare_traced(adjacency: sparse.BCOO, dtype: Any, normalize: bool) -> CSR:
+    _weights.check_matrix(adjacency, "adjacency")
     num_nodes = adjacency.shape[0]
     if not adjacency.indices_sorted:
         adjacency = adjacency.sort_indices()

@@ -138,8 +138,8 @@ def propagate(adjacency: Adjacency, x: jax.typing.ArrayLike) -> jax.Array:
     Args:
       adjacency: symmetric non-negative weights :math:`A`, used as they are, shape (nodes, nodes), as in :func:`smooth`.
         In a model, make it an argument of the jitted step, as BCOO: concrete weights are checked on the host in every
-        call, and a closed-over graph would become a constant of the program. A traced BCOO cannot be checked; if it is
-        not symmetric, the derivative is wrong.
+        call, and a closed-over graph would become a constant of the program. Of a traced BCOO the values cannot be
+        checked; if it is not symmetric, the derivative is wrong.
       x: shape (nodes, dim) or (nodes,), floating. Computed in float32 at least and returned in its own dtype.
 
     Returns:

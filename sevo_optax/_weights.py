@@ -60,6 +60,23 @@ def check_weight_dtype(dtype: Any, name: str) -> None:
         )
 
 
+def check_matrix(adjacency: Any, name: str) -> None:
+    """Checks all that can be said of a matrix without its values, which may be traced."""
+    shape = tuple(adjacency.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(
+            f"{name} has shape {shape}; wanted (num_nodes, num_nodes) with at least one node. "
+            "For a rectangular user-item matrix use graph.user_item(...)."
+        )
+    check_num_nodes(shape[0], f"{name}.shape[0]")
+    check_weight_dtype(adjacency.dtype, name)
+    if isinstance(adjacency, jsparse.BCOO | jsparse.BCSR) and (adjacency.n_batch or adjacency.n_dense):
+        raise ValueError(
+            f"{name} has n_batch={adjacency.n_batch} and n_dense={adjacency.n_dense}; wanted 0 "
+            "and 0. Convert it with jax.experimental.sparse.bcoo_update_layout."
+        )
+
+
 def _raw_csr(adjacency: Any, name: str) -> scipy.sparse.csr_array:
     """Copies any accepted representation into a float64 CSR, checking no values yet."""
     leaves = jax.tree.leaves(adjacency)
@@ -80,21 +97,11 @@ def _raw_csr(adjacency: Any, name: str) -> scipy.sparse.csr_array:
             "or a dense two-dimensional array. Functions of sevo_optax.graph, such as "
             "graph.from_edges(...), build one."
         )
+    check_matrix(adjacency, name)
     shape = tuple(adjacency.shape)
-    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-        raise ValueError(
-            f"{name} has shape {shape}; wanted (num_nodes, num_nodes) with at least one node. "
-            "For a rectangular user-item matrix use graph.user_item(...)."
-        )
-    num_nodes = check_num_nodes(shape[0], f"{name}.shape[0]")
-    check_weight_dtype(adjacency.dtype, name)
+    num_nodes = shape[0]
 
     if isinstance(adjacency, jsparse.BCOO | jsparse.BCSR):
-        if adjacency.n_batch or adjacency.n_dense:
-            raise ValueError(
-                f"{name} has n_batch={adjacency.n_batch} and n_dense={adjacency.n_dense}; wanted 0 "
-                "and 0. Convert it with jax.experimental.sparse.bcoo_update_layout."
-            )
         _require(28 * adjacency.nse + 16 * num_nodes, name, shape, adjacency.nse)
         data = np.asarray(adjacency.data).astype(np.float64)
         if isinstance(adjacency, jsparse.BCOO):

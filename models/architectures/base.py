@@ -1,13 +1,18 @@
 """What a recommender is: the interface between models and everything that trains, evaluates and serves them.
 
-Every model scores an item by an inner product of a *query* (a history, or a known user) with a row of an item table,
-plus a bias. Training, losses, evaluation and serving need five things of a model, and nothing else:
+A trained model scores an item by an inner product of a *query* (a history, or a known user) with a row of an item
+table, plus a bias. Training, losses, evaluation and serving need five things of every model:
 
 * its **feed**: what a batch is (packed sequences, prefixes or user-item pairs), see :mod:`models.feeds`;
 * its **node sets**: which tables stand for the nodes of which kind of graph;
 * :meth:`Recommender.represent`: what is computed once a step, such as a propagation over a graph;
 * :meth:`Recommender.encode`: a batch's queries, and :meth:`Recommender.items`: what they are multiplied with;
 * :meth:`Recommender.penalty`: what is added to the loss.
+
+All else has a default that few models change: what is prepared from the training part (``make_context``), what of a
+history is fed (``history_inputs``), what a batch asks for (``training_batch``, ``max_num_targets``), scores that are no
+inner product (``scores``), what decays (``decay_mask``), what holds after each step (``constrain``), a closed form
+(``fit``).
 """
 
 import inspect

@@ -11,16 +11,12 @@ from flax import nnx
 from models.architectures.base import Encoded, SequenceRecommender, look_up
 from models.config import TransformerConfig
 from models.feeds import Batch
-from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys, stacked_xavier_uniform
+from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys, stacked_xavier_uniform, symmetric_uniform
 
 # The published initialisation: embeddings and the attention's output projection are xavier-normal, the feed-forward
 # part keeps the default of a PyTorch convolution.
 xavier_normal = nnx.initializers.xavier_normal()
 fan_in_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def _symmetric_uniform(bound: float) -> nnx.Initializer:
-    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Block(nnx.Module):
             embedding_dim,
             embedding_dim,
             kernel_init=fan_in_uniform,
-            bias_init=_symmetric_uniform(embedding_dim**-0.5),
+            bias_init=symmetric_uniform(embedding_dim**-0.5),
             rngs=rngs,
         )
         self.attention_norm = LayerNorm(embedding_dim, epsilon=1e-8, rngs=rngs)

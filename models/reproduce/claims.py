@@ -8,6 +8,7 @@ from typing import Any
 
 from models.config import SELECTION, Optimizer
 from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains, with_common_seeds
+from models.reproduce.tables import METRICS
 
 SEVO: Optimizer = "sevo-adamw"
 # Training that takes so much longer is not negligible.
@@ -70,11 +71,13 @@ def _gains(found: Found) -> Verdict:
         if gain.arm != SEVO or gain.gain is None:
             continue
         holds.append(gain.gain > 0)
-        text = f"{gain.subject} {gain.gain:+.1%} over adamw"
         adam = next(x for x in over["adam"] if (x.subject, x.arm) == (gain.subject, gain.arm))
-        if adam.gain is not None:
-            text += f", {adam.gain:+.1%} over adam"
-        evidence.append(f"{text} ({', '.join(gain.datasets)})")
+        gains = ", ".join(
+            f"{x.gain:+.1%} over {x.over} ({', '.join(x.datasets)})" for x in (gain, adam) if x.gain is not None
+        )
+        evidence.append(f"{gain.subject} {gains}")
+    if evidence:
+        evidence[0] = f"averaged over {', '.join(METRICS)}: {evidence[0]}"
     return Verdict(holds, evidence)
 
 
@@ -114,7 +117,8 @@ def _layers(found: Found) -> Verdict:
             continue
         values = {n: summary.mean() for n, summary in compared.items()}
         best = max(values, key=values.__getitem__)
-        text = f"{row.row.dataset}: best at L = {best} ({values[best]:.4f}; L = 3: {values[3]:.4f})"
+        seeds = ", ".join(str(cell.seed) for cell in compared[3].cells)
+        text = f"{row.row.dataset}, seed {seeds}: best at L = {best} ({values[best]:.4f}; L = 3: {values[3]:.4f})"
         deviation = finished(row, num_layers=3).deviation()
         noise = 0.0 if deviation is None else 2 * deviation * math.sqrt(2 / len(compared[3].cells))
         if best == 3 or values[best] - values[3] > noise:

@@ -1327,7 +1327,7 @@ class TestClaims:
         tables = {name: TableCells.of(load_table(name), found) for name in table_names()}
         lines = {line[0]: line[1:] for line in claim_lines(tables)}
         assert lines["L = 3 is best"][0] == "holds in 1 of 2"
-        assert "beauty: best at L = 3 (0.0500; L = 3: 0.0500)" in lines["L = 3 is best"][1]
+        assert "beauty, seed 0: best at L = 3 (0.0500; L = 3: 0.0500)" in lines["L = 3 is best"][1]
         assert lines["Genres help, but less than interactions"][0] == "not decided"
 
     def test_noise_decides_nothing(self, folder):
@@ -1340,7 +1340,7 @@ class TestClaims:
         verdict = layers.judge({"table-4": TableCells.of(load_table("4"), Cells(Path("results")))})
         assert verdict.holds == []
         assert verdict.evidence == [
-            "beauty: best at L = 4 (0.0405; L = 3: 0.0400), "
+            "beauty, seed 0: best at L = 4 (0.0405; L = 3: 0.0400), "
             "which 0.0028 of noise (two standard errors) does not tell apart"
         ]
 

@@ -189,6 +189,23 @@ def test_traced_bcoo_matches_dense_algebra(x64, x, weights, rng, normalize, kind
     np.testing.assert_allclose(roughness, reference.smoothness(x, expected), rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("matrix", "error", "message"),
+    [
+        (sparse.BCOO.fromdense(np.ones((3, 5))), ValueError, r"adjacency has shape \(3, 5\); wanted"),
+        (sparse.BCOO((np.ones(1, bool), np.zeros((1, 2), int)), shape=(3, 3)), TypeError, "adjacency has dtype bool"),
+        (sparse.BCOO.fromdense(np.ones((3, 3)), n_dense=1), ValueError, "adjacency has n_batch=0 and n_dense=1"),
+        (sparse.BCOO.fromdense(np.ones((3, 3)), n_batch=1), ValueError, "adjacency has n_batch=1 and n_dense=0"),
+    ],
+)
+def test_a_traced_bcoo_is_refused_as_a_concrete_one_is(matrix, error, message):
+    x = np.ones((3, 2), np.float32)
+    for function in (smooth, propagate, smoothness):
+        for call in (jax.jit(function), function):
+            with pytest.raises(error, match=message):
+                call(*((matrix, x) if function is propagate else (x, matrix)))
+
+
 def test_padding_keeps_a_nan_where_it_is(x64, weights, x):
     x[-1] = np.nan
     weights[-1] = weights[:, -1] = 0
