@@ -157,5 +157,8 @@ def shortened(value: Any) -> str:
     >>> len(shortened("9" * 5000))
     60
     """
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deep {type(value).__name__}"
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]} …{text[-2:]}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,29 @@ def describe_graphs(source: str, part: str, config: GraphConfig) -> str:
         ),
     }
     return f"{source}: {' and '.join(words.get(name, name) for name in config.graph)}"
+
+
+def check_folder(output_dir: Path) -> None:
+    """Refuses a folder for a graph whose files would replace others of the same names.
+
+    Raises:
+      ValueError: if there is a weights.npz that holds no graph, or a picture without one.
+    """
+    weights = output_dir / "weights.npz"
+    if weights.exists():
+        try:
+            with weights.open("rb") as file, np.load(file) as arrays:
+                if {"format", "shape", "data"} <= set(arrays.files):
+                    return
+        except (OSError, ValueError, zipfile.BadZipFile, AttributeError):
+            pass
+        what = "weights.npz, which holds no graph"
+    else:
+        pictures = [name for name in ("degrees.png", "drawing.png") if (output_dir / name).exists()]
+        if not pictures:
+            return
+        what = f"{pictures[0]}, but no weights.npz that it could be of"
+    raise ValueError(f"output_dir: {output_dir} holds {what}; give another --output-dir, or empty it yourself")
 
 
 def describe(adjacency: BCOO, heading: str, output_dir: Path) -> Iterator[str]:

@@ -43,10 +43,6 @@ for line in sys.stdin:
 """
 
 
-class ProcessEndedError(ValueError):
-    """A process that takes part in the training has ended, or cannot be reached."""
-
-
 def join(options: DeviceOptions) -> bool:
     """Joins the other processes, if there are any; before JAX has looked for devices.
 

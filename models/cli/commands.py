@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 USERS_AT_ONCE = 8192
 SHOWN = 5
+ITEM_COLUMNS = ("rank", "item", "score")
 LEAST_TO_SPLIT = 3
 # A user, if there are several, and what to recommend.
 Found = tuple[Any, "Recommendation"]
@@ -77,6 +78,7 @@ class Recommend:
             raise ValueError("candidates belong to users; with --history give the only items with --only-items")
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
+        self._check_unheeded()
         if self.output is not None:
             if self.output.suffix not in WRITERS:
                 raise ValueError(f"output must end in {' or '.join(WRITERS)}, got {self.output}")
@@ -98,9 +100,12 @@ class Recommend:
         from models.serving.trained import TrainedModel
 
         recommender = TrainedModel.load(self.checkpoint, self.which)
+        for name in ("only_items", "exclude_items"):
+            if unknown := recommender.unknown(options.get(name, ())):
+                print(f"warning: {name}: unknown to the model and passed over: {_some(unknown)}", file=sys.stderr)
         recommend = partial(recommender.recommend, **options)
         if self.users:
-            mine = None if candidates is None else [candidates.get(user, []) for user in self.users]
+            mine = None if candidates is None else [candidates.get(user.strip(), []) for user in self.users]
             found = zip(self.users, recommender.recommend_to_users(self.users, **options, candidates=mine), strict=True)
         elif self.histories is None:
             (recommendation,) = recommend([self.history])  # type: ignore[call-arg]  # mypy fills in the wrong ones
@@ -121,6 +126,23 @@ class Recommend:
             write_bytes(self.output, lambda file: write(file, watch.pass_on(found), titles))
             print(f"recommendations for {watch.users:,} {'user' if watch.users == 1 else 'users'}: {self.output}")
         watch.report()
+
+    def _check_unheeded(self) -> None:
+        """Refuses options that belong to a file which is not given."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("title_item_column", "title_column"):
+            if self.titles is None and getattr(self, name) != usual[name]:
+                raise ValueError(
+                    f"{name} is not heeded without titles, got {getattr(self, name)}; give --titles as well"
+                )
+        if self.histories is None and self.candidates is None:
+            for field in dataclasses.fields(self.reading):
+                value = getattr(self.reading, field.name)
+                if value != field.default:
+                    raise ValueError(
+                        f"{field.name} is not heeded without a file of interactions, got {value}; leave it out or give "
+                        "--histories or --candidates"
+                    )
 
     def _candidates(self) -> dict[str, list[Any]]:
         """The candidates of each user, by the user's id as text."""
@@ -365,17 +387,16 @@ def _lines(found: Iterable[Found], titles: Mapping[str, str] | None) -> Iterator
     for user, recommendation in found:
         for rank, (item, score) in enumerate(zip(recommendation.items, recommendation.scores, strict=True), start=1):
             line = {} if user is None else {"user": user}
-            line |= {"rank": rank, "item": item, "score": round(score, 6)}
+            line |= zip(ITEM_COLUMNS, (rank, item, round(score, 6)), strict=True)
             yield line if titles is None else line | {"title": titles.get(str(item), "")}
 
 
 def _write_csv(file: IO[bytes], found: Iterable[Found], titles: Mapping[str, str] | None) -> None:
-    names: list[str] = []
-    for line in _lines(found, titles):
-        if not names:
-            names = list(line)
+    for number, (user, recommendation) in enumerate(found):
+        if not number:  # here, since there may be users, but no recommendation
+            names = [*(() if user is None else ("user",)), *ITEM_COLUMNS, *(() if titles is None else ("title",))]
             file.write(_csv([names]).encode())
-        file.write(_csv([line.values()]).encode())
+        file.write(_csv(line.values() for line in _lines([(user, recommendation)], titles)).encode())
 
 
 def _write_jsonl(file: IO[bytes], found: Iterable[Found], titles: Mapping[str, str] | None) -> None:

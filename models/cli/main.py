@@ -251,6 +251,7 @@ class Graph(GraphConfig, SourceConfig):
         from models import graphs
         from models.data import split_interactions
 
+        graphs.check_folder(self.output_dir)
         make_folder("output_dir", self.output_dir)
         interactions = load_and_describe(self)
         if self.part == "train" and not set(self.graph) <= {"attributes", "knn"}:
@@ -460,7 +461,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Runs a command and returns its exit status: 0, 2 for bad input, 130 when interrupted, 141 if nobody reads on."""
     _printable()
     try:
         _run(sys.argv[1:] if arguments is None else arguments)

@@ -5,6 +5,7 @@ from models.data.attributes import read_attributes as read_attributes
 from models.data.attributes import read_titles as read_titles
 from models.data.filters import drop_duplicates as drop_duplicates
 from models.data.filters import k_core as k_core
+from models.data.ids import id_lookup as id_lookup
 from models.data.ids import ids_from_arrays as ids_from_arrays
 from models.data.ids import ids_to_arrays as ids_to_arrays
 from models.data.ids import ids_usage as ids_usage

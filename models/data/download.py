@@ -9,9 +9,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from tqdm import tqdm
+
+from models.files import writing
 
 # pooch is imported where it is used: most data is on this machine already.
 
@@ -159,19 +161,12 @@ def _check_inside(archive: Path, entry: zipfile.ZipInfo) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
+def _writing(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears at ``path`` when all has gone well, and leaves nothing otherwise."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with _advising(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with writing(path) as file:
+            yield file
 
 
 @contextlib.contextmanager

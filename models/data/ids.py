@@ -72,30 +72,45 @@ parts = np.split(file["{name}_utf8"], file["{name}_ends"][:-1])
 
 
 def item_lookup(item_ids: np.ndarray) -> Callable[[Any], int]:
-    """A function from one raw item id to the item's number, 0 if the id is unknown.
-
-    Where the data's ids are integers, text that spells one in the usual way is taken as one (``007`` is not ``7``), and
-    where they are text, numbers are spelled out: ids from a command line or a table find their items.
+    """A function from one raw item id to the item's number, 0 if the id is unknown, see :func:`id_lookup`.
 
     Args:
       item_ids: shape (num_items + 1,), the raw ids, as in :class:`models.data.interactions.Interactions`.
     """
-    number_of = {raw_id: number for number, raw_id in enumerate(item_ids.tolist()) if number}
-    integers = item_ids.dtype.kind in "iu"
+    position = id_lookup(item_ids[1:])
 
     def number(raw_id: Any) -> int:
+        found = position(raw_id)
+        return 0 if found is None else found + 1
+
+    return number
+
+
+def id_lookup(ids: np.ndarray) -> Callable[[Any], int | None]:
+    """A function from one raw id to its position, None if it is unknown.
+
+    Where the data's ids are integers, text that spells one in the usual way is taken as one (``007`` is not ``7``), and
+    where they are text, numbers are spelled out: ids from a command line or a table find their items and users.
+
+    Args:
+      ids: the raw ids, each once.
+    """
+    position = {raw_id: place for place, raw_id in enumerate(ids.tolist())}
+    integers = ids.dtype.kind in "iu"
+
+    def find(raw_id: Any) -> int | None:
         if not integers:
-            return number_of.get(str(raw_id), 0)
+            return position.get(str(raw_id))
         if isinstance(raw_id, str):
             try:
                 raw_id, spelled = int(raw_id), raw_id.strip()
             except ValueError:
-                return 0
+                return None
             if str(raw_id) != spelled:
-                return 0
-        return number_of.get(raw_id, 0)
+                return None
+        return position.get(raw_id)
 
-    return number
+    return find
 
 
 def item_numbers(item_ids: np.ndarray, raw: Iterable[Any]) -> np.ndarray:

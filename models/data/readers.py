@@ -8,13 +8,14 @@ from typing import Any, get_args
 
 import numpy as np
 
+from models.checks import shortened
 from models.config import DataFormat, Duplicates
 from models.data.filters import drop_duplicates, k_core
 from models.data.interactions import Interactions
 from models.data.named import NAMED, fetch_named
 from models.data.rows import interactions_of
 from models.data.synthetic import drifting_interests
-from models.data.tables import TABLE_SUFFIXES, Source, open_table, shortened, suffix_of
+from models.data.tables import TABLE_SUFFIXES, Source, open_table, suffix_of
 
 # Suffix (before .gz) -> format.
 SUFFIXES: dict[str, DataFormat] = TABLE_SUFFIXES | {".txt": "s3rec"}

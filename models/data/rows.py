@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from models.checks import shortened
 from models.data.ids import text_ids
 from models.data.interactions import Interactions
 from models.data.splits import seconds_since_1970
-from models.data.tables import Source, Table, listed, shortened
+from models.data.tables import Source, Table, listed
 
 if TYPE_CHECKING:
     import polars

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
+from models.checks import shortened
+
 if TYPE_CHECKING:
     import polars
 
@@ -37,7 +39,6 @@ TABLE_SUFFIXES: dict[str, TableFormat] = {
 }
 SAMPLE_ROWS = 1000
 LISTED = 30
-LONGEST_SHOWN = 80
 GZIP = b"\x1f\x8b"
 STDERR = 2
 SEQUENCE_TYPES = ("token_seq", "float_seq")
@@ -52,15 +53,6 @@ def listed(names: Sequence[str]) -> str:
     """Names in one line, at most :data:`LISTED` of them."""
     shown = [name if name.isprintable() and name else repr(name) for name in names[:LISTED]]
     return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-
-
-def shortened(value: Any) -> str:
-    """How a value is shown in an error."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a deep {type(value).__name__}"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 4]}...{text[-1]}"
 
 
 class Source:
@@ -370,14 +362,14 @@ def _panics_unprinted() -> Iterator[None]:
 
 
 class _JsonLines(Table):
-    """One object a line; what it lacks is missing."""
+    """One object a line; what it lacks is missing. The columns are those of all of the first objects."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        first = next(self._records(), None)
-        if first is None:
+        first = list(itertools.islice(self._records(), SAMPLE_ROWS))
+        if not first:
             raise ValueError(f"{source} is empty; it needs at least one line")
-        self.columns = list(first)
+        self.columns = list(dict.fromkeys(name for record in first for name in record))
 
     def read(self, columns: Sequence[str], *, lists: Collection[str] = ()) -> "polars.DataFrame":
         import polars

@@ -74,7 +74,7 @@ class Histories:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["users"], meta_fields=["num_users"])
 @dataclasses.dataclass(frozen=True)
-class KnownUsers:
+class UserQueries:
     """Queries that are users of the training data.
 
     Attributes:
@@ -86,7 +86,7 @@ class KnownUsers:
     num_users: int
 
     @classmethod
-    def from_interactions(cls, history: Interactions, *, user_ids: np.ndarray) -> "KnownUsers":
+    def from_interactions(cls, history: Interactions, *, user_ids: np.ndarray) -> "UserQueries":
         """Looks the users up by their raw ids.
 
         Args:
@@ -112,7 +112,7 @@ class KnownUsers:
 
 def make_queries(
     history: Interactions, *, model: type[Recommender], config: Any, user_ids: np.ndarray | None
-) -> Histories | KnownUsers:
+) -> Histories | UserQueries:
     """The queries of a model that stand for users with a history.
 
     Args:
@@ -122,7 +122,7 @@ def make_queries(
       user_ids: shape (known users,), the raw ids of the users that the model knows, if it has a table of users.
     """
     if model.query == "user":
-        return KnownUsers.from_interactions(history, user_ids=user_ids)
+        return UserQueries.from_interactions(history, user_ids=user_ids)
     return Histories.from_interactions(history, model=model, max_length=config.max_length)
 
 

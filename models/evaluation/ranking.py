@@ -14,7 +14,7 @@ from models.architectures.base import Recommender
 from models.compilation import jit
 from models.data import Interactions
 from models.evaluation import metrics
-from models.evaluation.queries import Histories, KnownUsers, make_queries
+from models.evaluation.queries import Histories, UserQueries, make_queries
 from models.evaluation.split import split_ranks, split_top_items
 from models.mesh import DATA, constrain, current_mesh, fill_up, split_catalogue, whole
 
@@ -41,7 +41,7 @@ class FullRanking:
       exclude_seen: whether items of the history are left out of the ranking; if not, there are no pairs.
     """
 
-    queries: Histories | KnownUsers
+    queries: Histories | UserQueries
     targets: jax.Array
     seen_users: jax.Array
     seen_items: jax.Array

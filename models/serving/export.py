@@ -15,6 +15,7 @@ from models.training.checkpoints import LoadedRun
 from models.training.files import write_bytes
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+SUFFIX = ".jaxexport"
 
 
 def export_scores(run: LoadedRun) -> jax.export.Exported:
@@ -62,7 +63,7 @@ def write_export(run: LoadedRun, path: Path) -> Path:
     Raises:
       OSError: if a file cannot be written.
     """
-    items = path.with_name(f"{path.stem}.items.npz")
+    items = path.with_name(f"{path.name.removesuffix(SUFFIX)}.items.npz")
     data = export_scores(run).serialize()
     ids = ids_to_arrays(run.item_ids) | ({} if run.users is None else ids_to_arrays(run.users.ids, "user_ids"))
     write_bytes(items, lambda file: np.savez_compressed(file, **ids))
@@ -111,7 +112,7 @@ scores = jax.export.deserialize(bytearray(open({str(path)!r}, "rb").read())).cal
     if run.users is not None:
         return f"""{load}{ids_usage(run.users.ids, str(items), "user_ids")}
 
-batch = np.array([user_ids.tolist().index({run.users.ids[0].item()!r})], np.int32)
+batch = np.array([user_ids.tolist().index({run.users.ids[:1].tolist()[0]!r})], np.int32)
 best = np.argsort(-np.asarray(scores(batch))[0])[:10]
 print(item_ids[best])"""
     history = run.item_ids[1:4].tolist()

@@ -15,7 +15,7 @@ from models.architectures.base import Recommender
 from models.checks import shortened
 from models.compilation import jit
 from models.config import TrainConfig
-from models.data import Interactions, Split, item_lookup, item_numbers
+from models.data import Interactions, Split, id_lookup, item_lookup, item_numbers
 from models.evaluation.groups import Groups, summarize_groups
 from models.evaluation.queries import behind_history, history_scores, user_scores
 from models.evaluation.ranking import FullRanking, make_test
@@ -82,7 +82,7 @@ class TrainedModel:
         self.query = model.query
         self._context = {} if context is None else context
         self._number = item_lookup(item_ids)
-        self._user_number = {} if users is None else {raw: user for user, raw in enumerate(users.ids.tolist())}
+        self._user = None if users is None else id_lookup(users.ids)
         self._num_behind = len(behind_history(model, self.num_items)) if model.query == "history" else 0
         self._chunk_size = max(1, min(USERS_AT_ONCE, SCORES_AT_ONCE // len(item_ids)))
         graphdef, self._state = nnx.split(model)
@@ -205,28 +205,32 @@ class TrainedModel:
         Raises:
           ValueError: if the model has no table of users, does not know one, or as for :meth:`recommend`.
         """
-        if self.query != "user" or self.users is None:
+        if self.query != "user" or self.users is None or self._user is None:
             raise ValueError(
                 f"{self.config.model} has no table of users; give the histories instead (--history, --histories, or "
                 "recommend)"
             )
-        asked = list(users)
         ids = self.users.ids
-        integers = ids.dtype.kind in "iu"
         numbers = []
-        for raw in asked:
+        for raw in users:
             try:
-                key = int(raw) if integers and isinstance(raw, str) else raw if integers else str(raw)
-                numbers.append(self._user_number[key])
-            except (KeyError, ValueError, TypeError):
+                number = self._user(raw)
+            except TypeError:  # a list, which nothing is called
+                number = None
+            if number is None:
                 raise ValueError(
-                    f"users: {raw!r} is not among the {len(ids):,} users that the model was trained with; "
+                    f"users: {shortened(raw)} is not among the {len(ids):,} users that the model was trained with; "
                     f"one of them is {ids[0]}"
-                ) from None
+                )
+            numbers.append(number)
         seen = [self.users.history(user) if exclude_seen else np.zeros(0, np.int32) for user in numbers]
         return self._recommend(
             np.arange(len(numbers)), np.array(numbers, np.int32), seen, k, only_items, exclude_items, candidates
         )
+
+    def unknown(self, raw_ids: Iterable[Any]) -> list[Any]:
+        """The ids that are none of the model's items, in the order given."""
+        return [raw_id for raw_id in raw_ids if not self._number(raw_id)]
 
     def _numbers(self, raw: Iterable[Any], what: str) -> np.ndarray:
         """The numbers of items, 0 for unknown ids; ``what`` is what an error says of ids that cannot be any."""

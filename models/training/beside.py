@@ -102,9 +102,14 @@ def read_context(directory: Path) -> dict[str, Any]:
     return context
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads an ``.npz``; NumPy would leave a file open that it has opened itself and finds damaged."""
+    with path.open("rb") as file, np.load(file) as arrays:
+        return dict(arrays)
+
+
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path) as file:
-            return dict(file)
+        return read_arrays(path)
     except Exception as error:  # a damaged archive fails in many ways
         raise ValueError(f"{path} cannot be read ({error}); train again") from None

@@ -32,7 +32,7 @@ from models.config import Optimizer, SplitMethod, TrainConfig
 from models.data import Interactions, ids_from_arrays, ids_to_arrays
 from models.files import check_format, read_json, write_bytes, write_json
 from models.graphs import files_digest, graph_files
-from models.processes import ProcessEndedError, is_first, on_first
+from models.processes import is_first, on_first
 from models.training import beside
 from models.training.quiet import quiet_orbax
 from sevo_optax import with_graphs, without_graphs
@@ -240,19 +240,13 @@ def read_item_ids(directory: Path, info: RunInfo) -> np.ndarray:
     """
     file = directory / "items.npz"
     try:
-        item_ids = ids_from_arrays(_read_arrays(file))
+        item_ids = ids_from_arrays(beside.read_arrays(file))
     except Exception as error:  # whatever is wrong with a zip file, each part of its reader says it in its own way
         raise CheckpointError(f"{file} cannot be read ({_reason(error)}); train again") from None
     foreign = info.items and _short_digest(_joined(item_ids)) != info.items
     if item_ids.shape != (info.num_items + 1,) or foreign:
         raise CheckpointError(f"{file} belongs to another run than {directory / 'run.json'}; put its own back")
     return item_ids
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    # NumPy leaves a file open that it has opened itself and finds damaged.
-    with path.open("rb") as file, np.load(file) as arrays:
-        return dict(arrays)
 
 
 def _reason(error: Exception) -> str:
@@ -413,8 +407,6 @@ class Checkpoints:
             with quiet_orbax(), _checkpointer() as checkpointer:
                 checkpointer.save(folder.absolute(), args=arguments, force=True)
             on_first(self._remove_old)
-        except ProcessEndedError:
-            raise
         except Exception as error:  # Orbax and what it writes with raise errors of many kinds
             if is_first():
                 self._remove_unfinished()
@@ -566,7 +558,8 @@ def load_run(directory: Path, which: Which = "best") -> LoadedRun:
       which: ``best``: the parameters with the best validation result. ``last``: the newest.
 
     Raises:
-      CheckpointError: if the folder holds no run, or nothing of it can be read.
+      CheckpointError: if the folder holds no run, or nothing of it can be read, or the best is asked for before the
+        first evaluation.
     """
     if which not in ("best", "last"):
         raise ValueError(f"which must be best or last, got {which!r}")
@@ -576,6 +569,11 @@ def load_run(directory: Path, which: Which = "best") -> LoadedRun:
     checkpoint = next(Checkpoints(directory, info.run).readable(), None)
     if checkpoint is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet; it appears with the first evaluation")
+    if which == "best" and not checkpoint.progress["best_epoch"]:
+        raise CheckpointError(
+            f"{directory} was interrupted after epoch {checkpoint.epoch}, before its first evaluation, so no epoch is "
+            "its best yet; go on with --resume, or take the newest parameters with --which last"
+        )
     make = partial(make_model, info.config, num_users=info.num_users, num_items=info.num_items, seed=0)
     try:
         graphdef, params = nnx.split(nnx.eval_shape(make))  # shapes alone: the values are in the checkpoint

@@ -13,7 +13,7 @@ from models.config import OPTIMIZERS, SELECTION, Optimizer, TrainConfig
 from models.files import write_json
 from models.training.files import curve, read_history
 from models.training.loop import DivergedError, train_seeds
-from models.training.run import Result
+from models.training.run import Result, Run
 from models.training.time_to_quality import MEASURES, Course, TimeToQuality, time_to_quality
 from models.training.training_data import TrainingData
 
@@ -90,11 +90,16 @@ def compare(
     Raises:
       ComparisonDivergedError: when all is done, if a run has diverged. It has the results of the others, and the files
         are written from them.
-      CheckpointError: if a folder holds something else than a run of this comparison.
+      CheckpointError: if a folder holds something else than a run of this comparison, or one that is not to be resumed
+        or overwritten: before anything is trained.
     """
     numbers = list(range(config.seed, config.seed + seeds))
     size = seeds_at_once(seeds)
     _check_folder(output_dir, [f"{optimizer}-{seed}" for optimizer in optimizers for seed in numbers])
+    for optimizer in optimizers:
+        for seed in numbers:
+            run = dataclasses.replace(config, seed=seed, optimizer=optimizer)
+            Run(prepared, run, optimizer, output_dir / f"{optimizer}-{seed}").check(resume=resume, overwrite=overwrite)
     results: dict[str, list[Result]] = {}
     failures: dict[str, str] = {}
     for optimizer in optimizers:

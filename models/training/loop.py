@@ -79,7 +79,8 @@ def train(
       DivergedError: if the loss of a step or a parameter is not finite. The last good checkpoint stays.
       CheckpointError: if ``output_dir`` holds another run, something else, or a run that another process trains, or a
         checkpoint cannot be read or written.
-      KeyboardInterrupt: after Ctrl-C, when the epoch is over and saved.
+      KeyboardInterrupt: after Ctrl-C, when the epoch is over and saved; after Ctrl-C in the last epoch, when the run is
+        finished, too.
     """
     run = Run(prepared, dataclasses.replace(config, optimizer=optimizer), optimizer, output_dir, tests=test)
     return _train([run], resume=resume, overwrite=overwrite, watch=watch, layout=layout)[0]
@@ -181,7 +182,11 @@ class _Group:
                 run.keep(0, self.program.item_table(self.program.params_of(i)))
 
     def train(self) -> None:
-        """Trains until every run is finished or has diverged."""
+        """Trains until every run is finished or has diverged.
+
+        Raises:
+          KeyboardInterrupt: after Ctrl-C, when the epoch is over and saved, or the runs are finished.
+        """
         config = self.config
         title = self.runs[0].optimizer + (f", {len(self.runs)} seeds" if len(self.runs) > 1 else "")
         with stop_gently() as asked, Progress(title, epochs=config.epochs, done=self.done) as self.progress:
@@ -196,6 +201,8 @@ class _Group:
                     raise KeyboardInterrupt(f"interrupted after epoch {epoch}, which is saved; go on with --resume")
         for run in self.active.values():
             run.finish(self.program)
+        if any_of_all(asked.is_set()):  # too late for these runs: it is for what would come after them
+            raise KeyboardInterrupt("interrupted; what was begun is finished, and --resume shows it or goes on")
 
     def _epoch(self, epoch: int, asked: threading.Event) -> bool:
         """Trains one epoch; returns whether a stop was asked for before it was saved."""

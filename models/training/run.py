@@ -126,7 +126,9 @@ class Run:
         self.seconds = 0.0
         self.finished: Result | None = None
         self.diverged: str | None = None
-        self.checkpoint: Checkpoint | None = None
+        self.done = 0
+        """How many epochs the checkpoint that it goes on from has; 0: it starts anew."""
+        self._checkpoint: Checkpoint | None = None
         self.checkpoints: Checkpoints | None = None
         self.info: RunInfo | None = None
         self.continues = False
@@ -141,11 +143,6 @@ class Run:
     def stopped(self) -> bool:
         """Whether early stopping has ended this run."""
         return self.config.patience is not None and self.stale >= self.config.patience
-
-    @property
-    def done(self) -> int:
-        """How many epochs the checkpoint that it goes on from has; 0: it starts anew."""
-        return 0 if self.checkpoint is None else self.checkpoint.epoch
 
     def __enter__(self) -> Self:
         return self
@@ -169,16 +166,10 @@ class Run:
             return
         from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo, read_item_ids
 
-        holds_run = self._check_folder()
-        if holds_run and not (resume or overwrite):
-            raise CheckpointError(
-                f"{self.directory} holds a run already; go on with --resume, replace it with --overwrite, "
-                "or give another --output-dir"
-            )
+        self._holds_run(resume=resume, overwrite=overwrite)
         on_first(self._claim)
-        holds_run = self._check_folder()  # once more, now that nobody else changes it
-        num_users = self.prepared.split.train.num_users
-        self.info = RunInfo.of(self.optimizer, self.config, self.prepared.interactions, num_users=num_users)
+        holds_run = self._holds_run(resume=resume, overwrite=overwrite)  # now that nobody else changes it
+        self.info = self._info()
         check_same("data", self.info.data)
         check_same("options", self.info.run)
         check_same("versions of the program", program_digest() if num_processes() > 1 else "")
@@ -204,7 +195,43 @@ class Run:
             ):
                 self.finished = result
                 return
-        self.checkpoint = next(self.checkpoints.readable(), None)
+        self._checkpoint = next(self.checkpoints.readable(), None)
+        self.done = 0 if self._checkpoint is None else self._checkpoint.epoch
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Looks at the folder and changes nothing: what ``open`` would refuse is refused hours earlier.
+
+        Raises:
+          CheckpointError: as ``open`` does, unless it is another process that is in the way.
+        """
+        if self.directory is None:
+            return
+        from models.training.checkpoints import RunInfo
+
+        if self._holds_run(resume=resume, overwrite=overwrite) and not overwrite:
+            self._info().continuing(RunInfo.read(self.directory), self.prepared.interactions, self.directory)
+
+    def _info(self) -> "RunInfo":
+        from models.training.checkpoints import RunInfo
+
+        num_users = self.prepared.split.train.num_users
+        return RunInfo.of(self.optimizer, self.config, self.prepared.interactions, num_users=num_users)
+
+    def _holds_run(self, *, resume: bool, overwrite: bool) -> bool:
+        """Whether the folder holds a run.
+
+        Raises:
+          CheckpointError: if it holds one that is not to be resumed or overwritten, or something else.
+        """
+        from models.training.checkpoints import CheckpointError
+
+        holds_run = self._check_folder()
+        if holds_run and not (resume or overwrite):
+            raise CheckpointError(
+                f"{self.directory} holds a run already; go on with --resume, replace it with --overwrite, "
+                "or give another --output-dir"
+            )
+        return holds_run
 
     def _claim(self) -> None:
         """Makes the folder, and keeps others out of it.
@@ -252,7 +279,8 @@ class Run:
         """
         from models.training.checkpoints import CheckpointError, unflatten
 
-        epoch, leaves, progress = self.checkpoint.epoch, self.checkpoint.leaves, self.checkpoint.progress
+        epoch, leaves, progress = self._checkpoint.epoch, self._checkpoint.leaves, self._checkpoint.progress
+        self._checkpoint = None  # its arrays are as large as the run itself
         try:
             restored = unflatten(leaves, params, "last", place), unflatten(leaves, opt_state, "opt_state", place)
             self.best = (progress["best"], progress["best_epoch"], unflatten(leaves, params, "best", place))
@@ -283,10 +311,11 @@ class Run:
             self._take_possession()
 
     def _take_possession(self) -> None:
-        for path in self.directory.glob(f"{PARTIAL}*"):  # of a process that was killed
-            path.unlink()
-        # The others are replaced: a folder without run.json holds no run.
-        for name in ("result.json", "curve.png", "per_user.csv"):
+        for folder in (self.directory, self.directory / EMBEDDINGS):
+            for path in folder.glob(f"{PARTIAL}*"):  # of a process that was killed
+                path.unlink()
+        # run.json is replaced: a folder without it holds no run. What lies beside it not every model writes.
+        for name in ("result.json", "curve.png", "per_user.csv", beside.CONTEXT, beside.USERS):
             (self.directory / name).unlink(missing_ok=True)
         self.checkpoints.remove_after(self.saved)
         for path in (self.directory / EMBEDDINGS).glob("*.npz"):

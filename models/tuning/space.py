@@ -24,7 +24,7 @@ DECAY_IN_GRADIENT = "1e-8:1e-2:log"
 # What decides whether others count stands first.
 FIRST = ("optimizer", "graph", "smoothing", "loss")
 # What only one of the graphs heeds.
-GRAPH_OPTIONS = {
+HEEDED_BY_GRAPH = {
     "item-item": ("max_hops", "graph_max_length", "graph_keep", "graph_weighting"),
     "shared-users": ("max_neighbors",),
     "knn": ("vectors", "knn_neighbors", "knn_metric", "knn_method"),
@@ -168,7 +168,7 @@ def heeds(config: TrainConfig, name: str) -> bool:
     """
     if name in SMOOTHING and not config.optimizer.startswith("sevo-"):
         return False
-    for graph, options in GRAPH_OPTIONS.items():
+    for graph, options in HEEDED_BY_GRAPH.items():
         if name in options:
             return graph in config.graph
     if name == "num_layers":

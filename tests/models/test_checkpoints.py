@@ -19,6 +19,7 @@ from models.architectures.registry import make_config
 from models.data import drifting_interests
 from models.training import checkpoints, loop
 from models.training.checkpoints import CheckpointError, Checkpoints, flatten, load_run
+from models.training.compare import compare
 from models.training.files import read_history
 from models.training.training_data import make_training_data
 from tests.models.saved_runs import ToyProgram, save_run
@@ -387,6 +388,21 @@ def test_a_stop_asked_for_after_saving_waits_for_the_next_epoch(prepared, tmp_pa
     with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 4, which is saved"):
         loop.train(prepared, CONFIG, "adamw", tmp_path)
     assert Checkpoints(tmp_path).epochs()[-1] == len(read_history(tmp_path / "history.jsonl")) == 4
+
+
+def test_a_stop_in_the_last_epoch_ends_what_would_come_next(prepared, tmp_path, toy, monkeypatch):
+    class Interrupted(loop.Progress):
+        def epoch(self, number, **shown):
+            super().epoch(number, **shown)
+            if number == CONFIG.epochs:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "Progress", Interrupted)
+    with pytest.raises(KeyboardInterrupt, match="interrupted; what was begun is finished"):
+        compare(prepared, CONFIG, tmp_path, optimizers=("adamw", "sevo-adamw"))
+    assert (tmp_path / "adamw-1" / "result.json").exists()
+    assert not (tmp_path / "sevo-adamw-1").exists()
+    monkeypatch.undo()
 
 
 def test_messages_of_a_failed_write_are_one_line(tmp_path):

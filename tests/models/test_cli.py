@@ -366,12 +366,24 @@ def test_graph(data, tmp_path, capsys):
     assert graph.load(tmp_path / "all" / "weights.npz").sum() > train.sum()
 
 
-def test_a_large_graph_is_not_drawn(tmp_path, capsys):
-    (tmp_path / "drawing.png").write_bytes(b"of an earlier graph")
-    status, printed, _ = run(capsys, "graph", "--output-dir", tmp_path)
+def test_a_large_graph_is_not_drawn(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(capsys, "graph", "--data", data, "--output-dir", out)[0] == 0
+    assert (out / "drawing.png").exists()
+    status, printed, _ = run(capsys, "graph", "--output-dir", out)
     assert status == 0
     assert "no drawing: 1,001 nodes are more than 300" in printed
-    assert not (tmp_path / "drawing.png").exists()
+    assert not (out / "drawing.png").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.npz", "degrees.png", "drawing.png"])
+def test_a_graph_does_not_replace_what_is_none(data, tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"of mine")
+    status, _, err = run(capsys, "graph", "--data", data, "--output-dir", tmp_path)
+    assert status == 2
+    assert f"output_dir: {tmp_path} holds {name}, " in err
+    assert (tmp_path / name).read_bytes() == b"of mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"data.txt", name}
 
 
 def test_graph_of_attributes(data, tmp_path, capsys):

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -6,8 +7,10 @@ import pytest
 
 from models.__main__ import main
 from models.data import read_item_vectors
+from models.data.ids import text_ids
 from models.serving.export import PLATFORMS, export_scores, usage, write_export
 from models.serving.trained import TrainedModel
+from models.training.beside import KnownUsers
 from models.training.checkpoints import load_run
 from tests.models.saved_runs import save_run, small_data
 
@@ -82,6 +85,21 @@ def test_any_batch_on_any_platform(exported):
     assert exported.platforms == PLATFORMS == ("cpu", "cuda", "tpu")
     assert str(exported.in_avals[0].shape) == "(batch, 12)"
     assert str(exported.out_avals[0].shape) == "(batch, 41)"
+
+
+def test_exports_side_by_side_keep_their_own_ids(tmp_path):
+    run = load_run(save_run(tmp_path / "run", small_data(IDS)))
+    names = ("shop-1.0", "shop-1.1", "shop.jaxexport")
+    found = [write_export(run, tmp_path / name).name for name in names]
+    assert found == ["shop-1.0.items.npz", "shop-1.1.items.npz", "shop.items.npz"]
+
+
+def test_usage_of_a_model_of_users_with_one_long_id(tmp_path):
+    ids = text_ids([*(f"u{i}" for i in range(20_000)), "u" * 300])
+    assert isinstance(ids.dtype, np.dtypes.StringDType)
+    run = load_run(save_run(tmp_path / "run", small_data(IDS)))
+    users = KnownUsers(ids, np.zeros(len(ids) + 1, np.int64), np.zeros(0, np.int32))
+    assert "user_ids.tolist().index('u0')" in usage(dataclasses.replace(run, users=users), tmp_path, tmp_path)
 
 
 def test_command(exported, capsys):

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
+from models.architectures.registry import make_config, make_model
 from models.config import SourceConfig
 from models.data import Interactions, item_numbers, leave_one_out, load_interactions, read_titles
 from models.evaluation.ranking import FullRanking
 from models.serving import trained as serving
 from models.serving.trained import TrainedModel, evaluate, in_catalogue
 from models.training import loop
+from models.training.beside import KnownUsers
 from models.training.checkpoints import CheckpointError, load_run
 from models.training.training_data import make_training_data
 from tests.models.saved_runs import CONFIG, save_run, small_data
@@ -180,6 +182,14 @@ def test_commands_with_lists_of_items(run, tmp_path, capsys):
     }
     assert "no recommendation for 1 of 2 users" in err
 
+    (tmp_path / "not.txt").write_text("item 9\nitem 99\n")
+    (tmp_path / "mine.csv").write_text("user,item\ncarl,item 5\n")
+    output = ["--output", tmp_path / "found.csv"]
+    _, err = call(capsys, "recommend", "--checkpoint", run, *file, *lists[2:], *output)
+    assert "exclude_items: unknown to the model and passed over: item 99\n" in err
+    assert "no recommendation for 2 of 2 users" in err
+    assert (tmp_path / "found.csv").read_text() == "user,rank,item,score\n"
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -188,6 +198,8 @@ def test_commands_with_lists_of_items(run, tmp_path, capsys):
         (["--users", "u1", "--history", "item 1"], "give either --history"),
         (["--history", "item 1", "--candidates", "x.csv"], "candidates belong to users"),
         (["--history", "item 1", "--only-items", "none.txt"], "only_items: none.txt cannot be read"),
+        (["--history", "item 1", "--title-column", "name"], "title_column is not heeded without titles, got name"),
+        (["--history", "item 1", "--user-column", "u"], "user_column is not heeded without a file of interactions"),
     ],
 )
 def test_requests_that_make_no_sense(run, capsys, arguments, message):
@@ -202,6 +214,35 @@ def test_best_and_last(run, tmp_path):
         TrainedModel.load(tmp_path)
     with pytest.raises(ValueError, match="best or last"):
         TrainedModel.load(run, "worst")
+
+
+def test_nothing_is_the_best_before_the_first_evaluation(tmp_path, prepared_toy):
+    directory, epoch = prepared_toy
+    with pytest.raises(CheckpointError, match=f"after epoch {epoch}, before its first evaluation.* --which last"):
+        load_run(directory)
+    assert load_run(directory, "last").epoch == epoch
+
+
+@pytest.fixture
+def prepared_toy(tmp_path, monkeypatch):
+    """The folder of a run that was interrupted before its first evaluation, and its epochs."""
+    config = dataclasses.replace(CONFIG, eval_every=4, epochs=4)
+    monkeypatch.setattr(loop, "any_of_all", lambda _: True)
+    with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 1"):
+        loop.train(make_training_data(small_data(), config), config, "adamw", tmp_path / "run")
+    return tmp_path / "run", 1
+
+
+def test_ids_of_users_follow_the_rules_of_ids_of_items():
+    config = make_config("mf-bpr", embedding_dim=4)
+    model = make_model(config, num_users=2, num_items=3, seed=0)
+    users = KnownUsers(np.array([7, 12]), np.array([0, 1, 2]), np.array([1, 2], np.int32))
+    trained = TrainedModel(model, np.array([0, 10, 11, 12]), config, users=users)
+    by_number, by_text = (trained.recommend_to_users([user])[0] for user in (7, " 7"))
+    assert by_number == by_text
+    for user in ("007", "1_2", "seven", 8, [7]):
+        with pytest.raises(ValueError, match="is not among the 2 users that the model was trained with"):
+            trained.recommend_to_users([user])
 
 
 def call(capsys, *arguments):

@@ -297,6 +297,14 @@ class TestIds:
         lines = "".join(json.dumps({"user": 1, "item": i}) + "\n" for i in ids)
         assert load(write(tmp_path / "a.json", lines)).item_ids[1:].tolist() == found
 
+    def test_json_that_leaves_out_what_it_lacks(self, tmp_path):
+        lines = '{"user": 1, "item": 3}\n{"user": 1, "item": 5, "timestamp": 2}\n'
+        with pytest.raises(ValueError, match=r"row 1 .*, column 'timestamp': the time is missing"):
+            load(write(tmp_path / "a.json", lines))
+        lines = '{"user": 1, "item": 3, "timestamp": 9}\n{"item": 5, "timestamp": 2, "user": 1, "brand": "x"}\n'
+        data = load(write(tmp_path / "b.json", lines))
+        assert data.item_ids[next(iter(data))].tolist() == [5, 3]
+
     def test_numbers_of_raw_ids(self):
         integers, words = np.array([0, 5, 0, 12]), np.array(["", "12", "x"])
         assert item_numbers(integers, [12, "5", np.int64(5), 0, 7, "x", "", "0", 5.0]).tolist() == [
@@ -668,13 +676,13 @@ class TestBadFiles:
             ("a.csv", '"', "cannot be read as a table"),
             ("a.csv", "user,item,item\n1,2,3\n", "item_column: .* has several columns 'item'; rename all but one"),
             ("a.csv", ",,\n1,2,3\n", "say which of '', '', '' it is"),
-            ("a.csv", f"user,item,time\n1,2,3\n1,2,{'x' * 999}\n", "'x{75}...': the time is no number"),
+            ("a.csv", f"user,item,time\n1,2,3\n1,2,{'x' * 999}\n", "'x{55} …x': the time is no number"),
             ("a.csv", ",".join(f"c{i}" for i in range(5000)), "say which of c0, c1, .*, c29 and 4970 more it is"),
             ("a.csv", "\r\r", "is empty"),
             ("a.csv", b"\x1f\x8b", "is damaged or cut short .*; get the file again"),
             ("a.txt", "²  1\n", "line 1: '²' is no integer id"),
             ("a.txt", "1 ++1\n", r"line 1: '\+\+1' is no integer id"),
-            ("a.txt", f"1 2\n2 {'9' * 5000}\n", "line 2: '9{75}...' is no integer id"),
+            ("a.txt", f"1 2\n2 {'9' * 5000}\n", "line 2: '9{55} …9' is no integer id"),
             ("a.txt", "\0 1 2\n", r"line 1: '\\x00' is no integer id"),
             ("a.dat", "::", "row 1 .*, column '1': the user id is missing"),
             (

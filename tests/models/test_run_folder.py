@@ -18,7 +18,7 @@ from models.architectures.registry import make_config
 from models.config import SourceConfig
 from models.data import Interactions, drifting_interests, load_interactions, split_interactions
 from models.files import LOCK, claim
-from models.training import checkpoints, loop, run
+from models.training import checkpoints, compare, loop, run
 from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo, fingerprint, load_run
 from models.training.interrupts import stop_gently
 from models.training.overlap import overlap_note
@@ -99,8 +99,31 @@ class TestOthersFiles:
         assert not list(trained.glob("tensorboard/events*"))
         assert Checkpoints(trained).epochs() == [2]
 
+    def test_overwriting_removes_what_another_model_computed_with(self, tmp_path):
+        data = drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3)
+        options = {"embedding_dim": 4, "epochs": 1, "eval_every": 1}
+        for model, beside in (("lightgcn", {"context.npz", "users.npz"}), ("popularity", set())):
+            config = make_config(model, **(options if beside else {}))
+            optimizer = "adam" if beside else "closed-form"
+            loop.train(make_training_data(data, config), config, optimizer, tmp_path / "run", overwrite=True)
+            found = {path.name for path in (tmp_path / "run").iterdir()}
+            assert found & {"context.npz", "users.npz"} == beside
+
+    def test_a_comparison_is_refused_before_it_trains(self, prepared, trained, monkeypatch):
+        folder = trained.parent
+        trained.rename(folder / "sevo-adamw-1")
+        monkeypatch.setattr(compare, "train_seeds", lambda *_, **__: pytest.fail("trained first"))
+        arms = {"optimizers": ("adamw", "sevo-adamw")}
+        with pytest.raises(CheckpointError, match="sevo-adamw-1 holds a run already"):
+            compare.compare(prepared, CONFIG, folder, **arms)
+        with pytest.raises(CheckpointError, match="was trained with adamw, not sevo-adamw"):
+            compare.compare(prepared, CONFIG, folder, **arms, resume=True)
+        assert not (folder / "adamw-1").exists()
+
     def test_what_a_killed_process_left_unfinished_goes(self, prepared, trained):
         (trained / ".partial-1-abc").write_bytes(b"half")
+        (trained / "embeddings").mkdir()
+        (trained / "embeddings" / ".partial-1-abc").write_bytes(b"half")
         (trained / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
         train(prepared, trained, resume=True, epochs=8)
         assert not [*trained.rglob(".partial*"), *trained.rglob("*-tmp*")]
