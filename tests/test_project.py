@@ -61,7 +61,6 @@ def test_contributing_names_targets_and_files_that_exist():
 def test_every_requirement_of_the_library_has_a_tested_floor():
     pins = dict(pin.split("==") for pin in lowest("library-tests"))
     assert {"jax", "optax", "numpy", "scipy", "flax"} <= set(pins)
-    assert all(f"{name}>={version}" in str(PROJECT) for name, version in pins.items())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

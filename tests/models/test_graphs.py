@@ -13,7 +13,7 @@ from models import graphs
 from models.architectures.base import Encoded, Recommender
 from models.architectures.registry import make_config
 from models.config import GraphConfig
-from models.data import Interactions
+from models.data import Interactions, write_item_vectors
 from models.graphs import Nodes, build_graph, smoothed_nodes
 from models.training.optimizers import make_stages
 from models.training.program import make_diagnose
@@ -61,6 +61,39 @@ def test_items_of_the_same_users():
     # Item 2 keeps item 1, item 3 item 1, and item 4 has none but item 2.
     few = graphs.item_graph("shared-users", TRAIN, GraphConfig(max_neighbors=1)).todense()
     assert {(int(i), int(j)) for i, j in np.argwhere(few) if i < j} == {(1, 2), (1, 3), (2, 4)}
+
+
+# Histories of 3 and of 2 in which each option of the graph makes a difference; weights by pair of items.
+@pytest.mark.parametrize(
+    ("options", "pairs"),
+    [
+        ({"max_hops": 2}, {(1, 2): 2, (2, 3): 1, (1, 3): 0.5, (2, 4): 1}),
+        ({"max_hops": 2, "graph_weighting": "frequency"}, {(1, 2): 2, (2, 3): 1, (1, 3): 1, (2, 4): 1}),
+        ({"graph_max_length": 2}, {(1, 2): 1, (2, 3): 1, (2, 4): 1}),
+        ({"graph_max_length": 2, "graph_keep": "first"}, {(1, 2): 2, (2, 4): 1}),
+    ],
+)
+def test_options_of_consecutive_items(options, pairs):
+    dense = build_graph(TRAIN, GraphConfig(**options)).todense()
+    assert {(i, j): dense[i, j] for i, j in np.argwhere(dense) if i < j} == pairs
+
+
+@pytest.mark.parametrize(("metric", "near_1"), [("cosine", 2), ("euclidean", 3)])
+def test_options_of_nearest_items(tmp_path, metric, near_1):
+    """Item 2 points where item 1 does, item 3 lies nearer, and both have nearer ones than item 1."""
+    vectors = np.array([[1, 0], [9, -0.1], [1, 2], [1, 3], [9, -1]], np.float32)
+    write_item_vectors(tmp_path / "items.npz", TRAIN.item_ids[1:], vectors)
+    config = GraphConfig(graph=("knn",), vectors=tmp_path / "items.npz", knn_neighbors=1, knn_metric=metric)
+    dense = build_graph(TRAIN, config).todense()
+    assert dense[1].nonzero()[0].tolist() == [near_1]
+
+
+def test_columns_of_attributes(tmp_path):
+    file = tmp_path / "items.csv"
+    file.write_text("number,genres,brand,item_id\n1,x,a,9\n3,y,a,8\n4,y,b,7\n")
+    options = {"attributes": file, "attribute_item_column": "number", "attribute_column": "brand"}
+    dense = build_graph(TRAIN, GraphConfig(graph=("attributes",), **options)).todense()
+    assert {(i, j) for i, j in np.argwhere(dense) if i < j} == {(1, 3)}
 
 
 def test_all_pairs_of_a_history_by_distance():

@@ -505,13 +505,16 @@ class TestPipes:
         assert as_raw(data) == expected(ROWS)
 
     def test_attributes_and_titles_from_pipes(self, tmp_path):
+        found = []
         for number, read in enumerate([read_attributes, read_titles]):
             pipe = tmp_path / str(number)
             os.mkfifo(pipe)
             writer = threading.Thread(target=pipe.write_bytes, args=(b"item_id\tgenres\ttitle\n1\tA\tB\n",))
             writer.start()
-            read(pipe)
+            found.append(read(pipe))
             writer.join()
+        (items, attributes), titles = found
+        assert (items.tolist(), attributes.tolist(), titles) == ([1], ["A"], {"1": "B"})
 
     def test_standard_input(self):
         code = "from models.data import load; print(load('/dev/stdin', data_format='csv'))"
