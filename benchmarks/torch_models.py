@@ -9,7 +9,7 @@ from torch import nn
 
 
 class SASRec(nn.Module):
-    """As :class:`models.sasrec.SASRec`."""
+    """As :class:`models.architectures.sasrec.SASRec`."""
 
     def __init__(self, num_items, max_length, embedding_dim, num_blocks, num_heads, dropout_rate):
         super().__init__()
@@ -60,7 +60,7 @@ class SASRec(nn.Module):
 
 
 class BERT4Rec(nn.Module):
-    """As :class:`models.bert4rec.BERT4Rec` with its separate output layer."""
+    """As :class:`models.architectures.bert4rec.BERT4Rec` with its separate output layer."""
 
     def __init__(self, num_items, max_length, embedding_dim, num_blocks, num_heads, dropout_rate, mask_probability):
         super().__init__()

@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from models.architectures.registry import make_config
+from models.architectures.registry import config_from_dict
 from models.data import load
+from models.presets import load_preset
 from models.training.program import Program
 from models.training.training_data import make_training_data
 
@@ -28,20 +29,16 @@ try:
 except ImportError:
     torch = None
 
-# What the paper's settings change for each data set.
-SETTINGS = {
-    ("sasrec", "beauty"): {},
-    ("sasrec", "ml-1m"): {"max_length": 200, "graph_max_length": 200, "batch_size": 128, "dropout_rate": 0.1},
-    ("bert4rec", "beauty"): {},
-    ("bert4rec", "ml-1m"): {
-        "max_length": 200,
-        "graph_max_length": 10,
-        "dropout_rate": 0.1,
-        "mask_probability": 0.2,
-        "learning_rate": 1e-3,
-        "b2": 0.999,
-    },
-}
+
+def config_of(model, path):
+    """The paper's settings for a file that is called as one of its data sets; else the model's usual ones."""
+    values = {}
+    if path is not None:
+        try:
+            values = load_preset(f"{model}-{path.stem}")
+        except ValueError:
+            print(f"\nno settings are published for {model} on {path.stem}: the model's usual ones are taken")
+    return config_from_dict({"model": model} | values | {"data": path})
 
 
 class Ours:
@@ -145,11 +142,12 @@ class Torch:
 
 def measure(model, path, options):
     """Prints the table of one model on one data set."""
-    config = make_config(model, data=path, **SETTINGS.get((model, path.stem if path else ""), {}))
+    config = config_of(model, path)
     prepared = make_training_data(load(path), config)
     arms = {"AdamW": Ours(prepared, config, "adamw"), "SEvo-AdamW": Ours(prepared, config, "sevo-adamw")}
+    several = f"SEvo-AdamW, {options.seeds} seeds"  # an epoch of each of them
     if options.seeds > 1:
-        arms[f"SEvo-AdamW, {options.seeds} seeds"] = Ours(prepared, config, "sevo-adamw", options.seeds)
+        arms[several] = Ours(prepared, config, "sevo-adamw", options.seeds)
     if torch is not None:
         arms["PyTorch, AdamW"] = Torch(prepared, config, options.torch_steps)
     for arm in tqdm(arms.values(), desc="compiling", leave=False, disable=None):
@@ -163,6 +161,8 @@ def measure(model, path, options):
     print(f"\n{model} on {name}: {tokens:,} tokens or pairs an epoch")
     print(f"{'':<24}{'s/epoch':>9}{'tokens/s':>11}{'PyTorch/this':>14}{'this/SEvo-AdamW':>17}")
     for arm, values in seconds.items():
+        trained = options.seeds if arm == several else 1
+        values = [value / trained for value in values]
         against = [
             statistics.median(x / y for x, y in zip(a, b, strict=True)) if a and b else float("nan")
             for a, b in [(seconds.get("PyTorch, AdamW"), values), (values, seconds["SEvo-AdamW"])]

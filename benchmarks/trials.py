@@ -10,6 +10,7 @@ results/trials/README.md. Each trial is a small function on top of the public pi
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import statistics
@@ -31,7 +32,7 @@ from models.architectures.base import options_of
 from models.architectures.registry import config_from_dict, make_model
 from models.architectures.sasrec import SASRec
 from models.compilation import jit
-from models.config import SELECTION, Optimizer, TrainConfig
+from models.config import SELECTION, SMOOTHING, Optimizer, TrainConfig
 from models.data import load_interactions
 from models.evaluation import metrics
 from models.evaluation.ranking import make_test
@@ -348,30 +349,50 @@ def train(name: str, found: Parts, prepared: TrainingData, seed: int) -> dict[st
     }
 
 
+def digest_of(config: TrainConfig, *, smoothed: bool) -> str:
+    """A name for the settings that trials are given, data and seed aside: seeds are averaged where it is the same.
+
+    Args:
+      config: the settings, before a trial changes any.
+      smoothed: whether those of the smoothing count.
+    """
+    left_out = ("data", "cache_dir", "optimizer", "seed", *(() if smoothed else SMOOTHING))
+    kept = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def data_name(config: TrainConfig) -> str:
     """What the data are called in paths and tables."""
     return "embedded" if config.data is None else config.data.stem
 
 
 def table(folder: Path) -> str:
-    """The table of all trials in a folder, in Markdown: differences to AdamW are of the same seeds and epochs."""
-    found: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
+    """The table of all trials in a folder, in Markdown: differences to AdamW are of the same seeds and settings."""
+    found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/*.json")):
         values = read_json(path)
-        found.setdefault((values["data"], values["trial"], values["epochs"]), {})[values["seed"]] = values
+        found.setdefault((values["data"], values["trial"], values["settings"]["all"]), {})[values["seed"]] = values
     order = list(TRIALS)
     lines = [
         "# Trials under cross-entropy",
         "",
         f"Test {SELECTION} at the epoch with the best validation {SELECTION}. Differences are to AdamW of the same "
-        "seeds and epochs, with their standard error; what wins by more than two of them is **bold**. "
+        "seeds and settings, with their standard error; what wins by more than two of them, over three seeds or more, "
+        "is **bold**. "
         "`python -m benchmarks.trials` makes them.",
         "",
-        "| data | trial | seeds | epochs | best epoch | validation | test | test − AdamW |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | trial | β | seeds | epochs | best epoch | validation | test | test − AdamW |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (data, trial, epochs), runs in sorted(found.items(), key=lambda x: (x[0][0], x[0][2], order.index(x[0][1]))):
-        plain = found.get((data, "adamw", epochs), {})
+
+    def place(entry: tuple[tuple[str, str, str], dict[int, dict[str, Any]]]) -> tuple[Any, ...]:
+        (data, trial, digest), runs = entry
+        return data, min(run["epochs"] for run in runs.values()), order.index(trial), digest
+
+    for (data, trial, _), runs in sorted(found.items(), key=place):
+        some = next(iter(runs.values()))
+        epochs, beta = some["epochs"], some["settings"]["beta"]
+        plain = found.get((data, "adamw", some["settings"]["unsmoothed"]), {})
         pairs = [runs[seed]["test"][SELECTION] - plain[seed]["test"][SELECTION] for seed in runs if seed in plain]
         difference = "–"
         if trial != "adamw" and pairs:
@@ -379,12 +400,13 @@ def table(folder: Path) -> str:
             if len(pairs) > 1:
                 error = statistics.stdev(pairs) / len(pairs) ** 0.5
                 difference += f" ± {error:.4f}"
-                if statistics.mean(pairs) > 2 * error:
+                if len(pairs) > 2 and statistics.mean(pairs) > 2 * error:
                     difference = f"**{difference}**"
         means = [statistics.mean(run[part][SELECTION] for run in runs.values()) for part in ("validation", "test")]
         best = ", ".join(str(runs[seed]["best_epoch"]) for seed in sorted(runs))
         numbers = " | ".join(f"{mean:.4f}" for mean in means)
-        lines.append(f"| {data} | {trial} | {len(runs)} | {epochs} | {best} | {numbers} | {difference} |")
+        first = f"{data} | {trial} | {'–' if beta is None else beta} | {len(runs)} | {epochs} | {best}"
+        lines.append(f"| {first} | {numbers} | {difference} |")
     return "\n".join(lines) + "\n"
 
 
@@ -429,7 +451,9 @@ def run(options: argparse.Namespace) -> None:
         todo = []
         for seed in options.seed:
             for name in names:
-                path = options.results_dir / data_name(config) / f"{name}-epochs{config.epochs}-seed{seed}.json"
+                digest = digest_of(config, smoothed=not name.startswith("adamw"))
+                file = f"{name}-epochs{config.epochs}-{digest}-seed{seed}.json"
+                path = options.results_dir / data_name(config) / file
                 if path.exists() and not options.overwrite:
                     print(f"{path} is there; --overwrite trains it again", flush=True)
                 else:
@@ -437,6 +461,12 @@ def run(options: argparse.Namespace) -> None:
         prepared = make_training_data(load_interactions(config), config) if todo else None
         for name, seed, path in todo:
             result = train(name, TRIALS[name](prepared, config, seed), prepared, seed)
+            smoothed = not name.startswith("adamw")
+            result["settings"] = {
+                "beta": config.beta if smoothed else None,
+                "all": digest_of(config, smoothed=smoothed),
+                "unsmoothed": digest_of(config, smoothed=False),
+            }
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, result)
             print(f"{path}: {SELECTION} {result['test'][SELECTION]:.4f} at epoch {result['best_epoch']}", flush=True)

@@ -154,11 +154,13 @@ def memory_size(num_devices: int = 1) -> int:
     statistics = device.memory_stats() or {}
     if device.platform != "cpu" and "bytes_limit" in statistics:
         return statistics["bytes_limit"] * num_devices
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    sizes = []
+    if hasattr(os, "sysconf"):  # Windows does not tell its memory that way
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for path in LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             sizes.append(int(path.read_text()))
-    return min(sizes)
+    return min(sizes, default=sys.maxsize)
 
 
 @contextlib.contextmanager

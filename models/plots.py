@@ -76,6 +76,13 @@ class Goal(NamedTuple):
             ax.errorbar(arrival.epochs, self.level, xerr=arrival.spread, fmt="v", **marks)
 
 
+def _common(seeds: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[int], np.ndarray]:
+    """The epochs that the curves of all seeds have, and their values there, shape (seeds, epochs)."""
+    points = [dict(curve) for curve in seeds]
+    epochs = [epoch for epoch in points[0] if all(epoch in curve for curve in points)]
+    return epochs, np.array([[curve[epoch] for epoch in epochs] for curve in points])
+
+
 def validation_curves(
     curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
     path: Path,
@@ -86,8 +93,8 @@ def validation_curves(
 ) -> None:
     """Draws NDCG@10 on the validation items over epochs.
 
-    With several seeds, a line is their mean, inside a band of one standard deviation to each side. Runs of different
-    lengths count as far as all of them got.
+    With several seeds, a line is their mean, inside a band of one standard deviation to each side, at the epochs after
+    which all of them were evaluated.
 
     Args:
       curves: by name, one curve a seed: points (epoch, NDCG@10).
@@ -101,9 +108,7 @@ def validation_curves(
     if goal is not None:
         goal.draw_level(ax)
     for name, seeds in curves.items():
-        length = min(len(points) for points in seeds)
-        epochs = [epoch for epoch, _ in seeds[0][:length]]
-        values = np.array([[value for _, value in points[:length]] for points in seeds])
+        epochs, values = _common(seeds)
         mean = values.mean(axis=0)
         best = int(mean.argmax())
         label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
@@ -167,11 +172,10 @@ def training_curves(
         goal.draw_level(left)
     for label, optimizer, style, losses, validation, arrival in runs:
         line = {"color": COLORS.get(optimizer), "linestyle": STYLES[style % len(STYLES)], "linewidth": 1.8}
-        points = [dict(seed) for seed in validation]
-        epochs = [epoch for epoch in points[0] if all(epoch in seed for seed in points)]
+        epochs, values = _common(validation)
         length = min(map(len, losses))
         for ax, x, y in [
-            (left, epochs, np.array([[seed[epoch] for epoch in epochs] for seed in points])),
+            (left, epochs, values),
             (right, np.arange(1, length + 1), np.array([seed[:length] for seed in losses])),
         ]:
             ax.plot(x, y.mean(0), label=label if arrival is None else arrival.label(label), **line)
@@ -329,7 +333,9 @@ def bars(
                 ax.bar(i, bar.value, color=bar.color or PALETTE[0], yerr=bar.spread, capsize=3, width=0.7)
             if bar.published is not None:
                 ax.plot(i, bar.published, "D", color="black", markerfacecolor="white", zorder=5)
-        ax.plot([], [], "D", color="black", markerfacecolor="white", label="published")
+        if any(bar.published is not None for bar in found):
+            ax.plot([], [], "D", color="black", markerfacecolor="white", label="published")
+            ax.legend(frameon=False)
         ax.set_xticks(range(len(found)), [bar.label for bar in found], rotation=60, ha="right", fontsize="small")
         if log:
             ax.set_yscale("log")
@@ -338,7 +344,6 @@ def bars(
         ax.set(ylabel=ylabel, title=heading)
         ax.grid(alpha=0.3, axis="y")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False)
     fig.suptitle(title)
     _save(fig, path)
 

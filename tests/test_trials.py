@@ -195,16 +195,24 @@ def test_from_the_command_line_to_the_table(tmp_path, monkeypatch, capsys):
     options = ["--data", "tiny.txt", "--epochs", "2", "--set", "eval_every=1", "embedding_dim=4", "num_blocks=0"]
     assert trials.main(["adamw", "soft-labels-0.1", *options]) == 0
     found = {path.stem: json.loads(path.read_text()) for path in Path("results/trials/tiny").glob("*.json")}
-    assert sorted(found) == ["adamw-epochs2-seed0", "soft-labels-0.1-epochs2-seed0"]
+    names = [re.fullmatch(r"(.+)-epochs2-[0-9a-f]{8}-seed0", name)[1] for name in found]
+    assert sorted(names) == ["adamw", "soft-labels-0.1"]
     for values in found.values():
         assert [epoch for epoch, _ in values["curve"]] == [1, 2]
         assert values["config"]["beta"] == 0.9
         assert max(score for _, score in values["curve"]) == values["validation"]["NDCG@10"]
     text = Path("results/trials/README.md").read_text()
-    assert re.search(r"^\| tiny \| soft-labels-0.1 \| 1 \| 2 \| \d \| 0\.\d+ \| 0\.\d+ \| [+-]0\.\d+ \|$", text, re.M)
+    assert re.search(
+        r"^\| tiny \| soft-labels-0.1 \| 0.9 \| 1 \| 2 \| \d \| 0\.\d+ \| 0\.\d+ \| [+-]0\.\d+ \|$", text, re.M
+    )
     assert "epoch 1 of 2" in capsys.readouterr().err
     assert trials.main(["adamw", *options]) == 0
     assert "is there; --overwrite trains it again" in capsys.readouterr().out
+    # Another strength is another run of what smooths, and the same of what does not.
+    assert trials.main(["adamw", "sevo-gradient", *options, "--beta", "0.5"]) == 0
+    assert capsys.readouterr().out.count("is there") == 1
+    text = Path("results/trials/README.md").read_text()
+    assert re.findall(r"^\| tiny \| (\S+) \| 0\.5 \|.* [+-]0\.\d+ \|$", text, re.M) == ["sevo-gradient"]
     assert trials.main(["soft", *options]) == 2
     assert trials.main(["adamw", "--preset", "sasrec-beauty"]) == 2
     assert [line[:5] for line in capsys.readouterr().err.splitlines()] == ["error"] * 2

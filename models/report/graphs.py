@@ -67,6 +67,12 @@ class Source:
     counts: np.ndarray | None = None
     graphs: tuple[ReportedGraph, ...] = ()
 
+    def graph_of(self, arm: Arm) -> ReportedGraph | None:
+        """The graph that an arm smooths over, and for a plain one the only one; None: there is none, or several."""
+        if len(self.graphs) == 1:
+            return self.graphs[0]
+        return None if arm.plain else next((x for x in self.graphs if x.title == _title(arm)), None)
+
 
 def source_of(group: Group, data: Path | None = None) -> Source:
     """Reads the data of a group again, and builds its graphs from them.

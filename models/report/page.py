@@ -136,16 +136,24 @@ def template_environment() -> Any:
 
 
 def styles(arms: Sequence[Arm]) -> list[dict[str, str]]:
-    """Colour and dashes of each arm's lines: a colour an optimizer as in all pictures, and dashes for its settings."""
+    """Colour and dashes of each arm's lines: a colour an optimizer as in all pictures, and dashes for its settings.
+
+    Where an optimizer has more settings than there are dashes, they begin again in a darker shade.
+    """
     count: dict[str, int] = {}
     found = []
     for arm in arms:
         number = count.get(arm.optimizer, 0)
         count[arm.optimizer] = number + 1
         again, dash = divmod(number, len(DASHES))
-        color = COLORS.get(arm.optimizer, PALETTE[0]) if not again else PALETTE[again % len(PALETTE)]
+        color = _darkened(COLORS.get(arm.optimizer, PALETTE[0]), again)
         found.append({"color": color, "dash": DASHES[dash]})
     return found
+
+
+def _darkened(color: str, times: int) -> str:
+    """A colour #rrggbb, darker with each time."""
+    return "#" + "".join(f"{round(int(color[i : i + 2], 16) * 0.6**times):02x}" for i in (1, 3, 5))
 
 
 def curves(group: Group) -> dict[str, Any] | None:
@@ -244,9 +252,12 @@ def catalogue_of(
         return None
     notes = []
     if len(shown) > MOST_ARMS:
-        shown = sorted(shown, key=lambda pair: (not pair[0].plain, -pair[0].validation))
-        notes.append(f"Of {len(shown)} arms, the {MOST_ARMS} best on the validation items are shown, plain ones first.")
-        shown = shown[:MOST_ARMS]
+        notes.append(
+            f"Of {len(shown)} arms, the {MOST_ARMS} best on the validation items are shown, with the best plain one."
+        )
+        best = sorted(shown, key=lambda pair: -pair[0].validation)
+        plain = [pair for pair in best if pair[0].plain][:1]
+        shown = plain + [pair for pair in best if pair not in plain][: MOST_ARMS - len(plain)]
     loaded, ids = [], None
     for arm, run in shown:
         say(f"{group.title}: reading the items of {arm.label}")
@@ -290,8 +301,9 @@ def catalogue_of(
             "cosines": np.round(near.similarities.astype(np.float64), 2).tolist(),
             "maps": maps,
         }
-        if source.graphs:
-            mine["linked"] = item_maps.linked(near, source.graphs[0].items[rows][:, rows]).astype(int).tolist()
+        own = source.graph_of(arm)
+        if own is not None:
+            mine["linked"] = item_maps.linked(near, own.items[rows][:, rows]).astype(int).tolist()
         arms.append(mine)
     payload = {
         "names": item_maps.names_of(ids[rows].tolist(), titles),

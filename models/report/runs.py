@@ -93,7 +93,7 @@ class ReportedRun:
     def subject(self) -> tuple[Any, ...]:
         """What runs have in common that may be compared: data, how they are split and ranked, model and loss."""
         config = self.config
-        split = (config.split, config.split_quantiles, config.split_times, config.exclude_seen)
+        split = (config.split, config.split_quantiles, config.split_times, config.cold_items, config.exclude_seen)
         return self.data, *split, config.model, self.loss
 
     @functools.cached_property

@@ -64,8 +64,13 @@ class Reproduce:
             )
         table = load_table(self.table or "3" if self.figure is None else f"figure-{self.figure}")
         tables = list(bundled_tables())
-        if table.name not in [other.name for other in tables]:
-            tables.append(table)
+        bundled = {other.name: other for other in tables}
+        if bundled.setdefault(table.name, table) != table:
+            raise ValueError(
+                f"table: {self.table} has the name of a table that comes along, {table.name}, and other contents; give "
+                "the file a name of its own"
+            )
+        tables = list(bundled.values())
         if self.list:
             self._list(tables)
             return

@@ -214,6 +214,16 @@ class Cell:
             return False
         return self.config["epochs"] >= config.epochs
 
+    def made_for(self, group: SeedGroup) -> bool:
+        """Whether this is a cell of a group, be it of fewer epochs; the names of files do not count."""
+        if (self.arm, self.dataset) != (group.arm, group.row.dataset):
+            return False
+        wanted, found = (
+            {name: x for name, x in values.items() if name not in PORTABLE}
+            for values in (portable(group.config()), _completed(self.config))
+        )
+        return _identity(wanted, self.arm) == _identity(found, self.arm)
+
     def lacks(self, config: TrainConfig) -> str | None:
         """What keeps this cell from being the run of a configuration.
 
@@ -328,10 +338,12 @@ class Cells:
     def of(self, experiment: str, group: SeedGroup) -> list[Cell]:
         """The cells of a group that are there, by seed: the table's own, else those of other tables.
 
-        Cells of an earlier revision of the arm are given only where there are no others: the two are not mixed.
+        A file with the group's name that was made with other settings, of an earlier table or preset, is none. Cells of
+        an earlier revision of the arm are given only where there are no others: the two are not mixed.
         """
         pattern = f"{glob.escape(group.name)}-seed*.json"
-        own = {cell.seed: cell for cell in map(self.read, sorted((self.results_dir / experiment).glob(pattern)))}
+        named = map(self.read, sorted((self.results_dir / experiment).glob(pattern)))
+        own = {cell.seed: cell for cell in named if cell.made_for(group)}
         found = {seed: cell for seed, cell in own.items() if not cell.outdated}
         for _, cell in self._by_identity.get(identity_of(group.config(), group.arm), ()):
             if cell.seed not in found and cell.serves(group):

@@ -120,11 +120,14 @@ def _layers(found: Found) -> Verdict:
         seeds = ", ".join(str(cell.seed) for cell in compared[3].cells)
         text = f"{row.row.dataset}, seed {seeds}: best at L = {best} ({values[best]:.4f}; L = 3: {values[3]:.4f})"
         deviation = finished(row, num_layers=3).deviation()
-        noise = 0.0 if deviation is None else 2 * deviation * math.sqrt(2 / len(compared[3].cells))
-        if best == 3 or values[best] - values[3] > noise:
+        lead = values[best] - max(x for n, x in values.items() if n != best) if best == 3 else values[best] - values[3]
+        if deviation is None:
+            text += "; of one seed, so how much is noise is not known"
+        elif lead > (noise := 2 * deviation * math.sqrt(2 / len(compared[3].cells))):
             holds.append(best == 3)
         else:
-            text += f", which {noise:.4f} of noise (two standard errors) does not tell apart"
+            second = f"a lead of {lead:.4f}" if best == 3 else "which"
+            text += f", {second} {noise:.4f} of noise (two standard errors) does not tell apart"
         evidence.append(text)
     return Verdict(holds, evidence)
 

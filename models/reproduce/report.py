@@ -413,7 +413,7 @@ def losses(row: RowCells) -> list[list[str]]:
             if values:
                 ours = statistics.fmean(values)
                 difference = f"{ours / mean - 1:+.1%}"
-                spread = f"{least:.3f} – {largest:.3f}"
+                spread = NONE if least == largest else f"{least:.3f} – {largest:.3f}"  # one value has none
                 lines.append([summary.label, str(epoch), f"{ours:.3f}", f"{mean:.3f}", spread, difference])
     return lines
 

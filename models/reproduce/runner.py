@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.config import GraphConfig, Optimizer, TrainConfig
 from models.files import claim, read_json
-from models.memory import out_of_memory_told
+from models.memory import memory_size, out_of_memory_told
 from models.reproduce.cells import PORTABLE, REVISIONS, Cell, Cells, cell_path, defaults_of, identity_of, portable
 from models.reproduce.maps import umap_class
 from models.reproduce.tables import PLAIN, Dataset, Row, SeedGroup, Table
@@ -250,9 +250,10 @@ def train(jobs: Sequence[Job]) -> None:
             seeds, folders = [job.config.seed for job in claimed], [job.folder for job in claimed]
             print(f"{claimed[0].experiment}: {group.name}, seed {', '.join(map(str, seeds))}", flush=True)
             try:
-                prepared = data.prepared(config)
-                results = loop.train_seeds(prepared, config, group.arm, seeds, folders, resume=True)
-            except ValueError as error:  # of this run alone: its data or its files do not fit, or it diverged
+                with out_of_memory_told():
+                    prepared = data.prepared(config)
+                    results = loop.train_seeds(prepared, config, group.arm, seeds, folders, resume=True)
+            except ValueError as error:  # of this run alone: data, files or memory do not fit, or it diverged
                 failed.append(group.name)
                 print(f"{group.name}: {error}", file=sys.stderr, flush=True)
                 results = error.results if isinstance(error, loop.DivergedError) else [None] * len(claimed)
@@ -365,8 +366,7 @@ def usual_workers() -> int:
 
     if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):  # Windows does not tell its memory that way
         return 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(_num_cores(), memory // BYTES_A_WORKER))
+    return max(1, min(_num_cores(), memory_size() // BYTES_A_WORKER))
 
 
 def train_side_by_side(jobs: Sequence[Job], workers: int) -> None:

@@ -140,12 +140,14 @@ class GroupGain:
     relative: float | None = None
 
     @classmethod
-    def of(cls, mine: Sequence[Cell], base: Mapping[int, Cell], grouping: Grouping, name: str) -> "GroupGain":
+    def of(
+        cls, mine: Sequence[Cell], base: Mapping[tuple[int, int], Cell], grouping: Grouping, name: str
+    ) -> "GroupGain":
         """From cells that know their groups.
 
         Args:
           mine: of one group of cells, at least one.
-          base: plain AdamW's, by seed; empty: nothing is compared.
+          base: plain AdamW's, by seed and epochs; empty: nothing is compared.
           grouping: what users are grouped by.
           name: which of them.
         """
@@ -157,7 +159,8 @@ class GroupGain:
         if not users:
             return cls(0, None)
         mean = statistics.fmean(map(ndcg, mine))
-        pairs = [(ndcg(cell), ndcg(base[cell.seed])) for cell in mine if cell.seed in base]
+        keys = [(cell.seed, cell.config["epochs"]) for cell in mine]
+        pairs = [(ndcg(cell), ndcg(base[key])) for cell, key in zip(mine, keys, strict=True) if key in base]
         if not pairs:
             return cls(users, mean)
         differences = [one - other for one, other in pairs]
@@ -227,7 +230,12 @@ class RowCells:
         found = []
         for summary in self.summaries:
             base = self.plain_adamw(summary)
-            reached = None if base is None else time_to_quality(summary.courses, base.courses)
+            if base is None:
+                continue
+            asked = {cell.seed: cell.config["epochs"] for cell in base.cells}
+            # What plain AdamW gets in fewer epochs than the run has is no level to reach.
+            mine = [cell for cell in summary.cells if asked.get(cell.seed, 0) >= cell.config["epochs"]]
+            reached = time_to_quality(Summary(summary.group, mine).courses, base.courses)
             if reached is not None:
                 found.append((summary, reached))
         return found if any(summary.group.arm != "adamw" for summary, _ in found) else []
@@ -241,16 +249,21 @@ class RowCells:
                 continue
             base = self.plain_adamw(summary)
             others = base.cells if base is not None and base is not summary else []
-            by_seed = {cell.seed: cell for cell in others if grouping in cell.groups}
+            by_seed = {(cell.seed, cell.config["epochs"]): cell for cell in others if grouping in cell.groups}
             names = mine[0].groups[grouping]
             found.append((summary, {name: GroupGain.of(mine, by_seed, grouping, name) for name in names}))
         return found
 
     def chosen(self, summary: Summary) -> bool:
-        """Whether a group is the best of several of its arm, on the validation items, in the epochs that all have."""
+        """Whether a group is the best of several of its arm, on the validation items, in what all have in common.
+
+        That is their epochs, and their seeds if there is one that all have.
+        """
         same = [x for x in self.summaries if x.group.arm == summary.group.arm]
-        common = min(x.epochs for x in same)
-        return len(same) > 1 and summary is max(same, key=lambda x: x.best_within(common))
+        epochs = min(x.epochs for x in same)
+        compared = with_common_seeds(dict(enumerate(same))) or dict(enumerate(same))
+        best = max(compared, key=lambda i: compared[i].best_within(epochs))
+        return len(same) > 1 and same[best] is summary
 
     def published(self, summary: Summary) -> Published | None:
         """The published figures of a group. Of several that the same figures are for, the chosen one has them."""

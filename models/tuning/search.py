@@ -324,7 +324,7 @@ class _Search:
             write_text(self.output_dir / BEST, heading + yaml.safe_dump(settings, sort_keys=False))
 
     def write_trials(self) -> None:
-        """Writes ``trials.json``; a test that stands there stays, if it is of the best trial."""
+        """Writes ``trials.json``: what is searched, and all trials so far."""
         report = {
             "format": FORMAT,
             "metric": f"validation {SELECTION}",

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from models.data import load_interactions, split_interactions
 from models.graphs import build_graph
 from models.report import items, tables
 from models.report.graphs import known_source, source_of
-from models.report.page import curves, write_page
+from models.report.page import curves, styles, write_page
 from models.report.runs import Arm, Group, read_groups
 from models.training.checkpoints import Checkpoint, Checkpoints, RunInfo, flatten
 from models.training.compare import Gain, gain
@@ -135,7 +136,8 @@ class TestRuns:
         write_run(tmp_path / "bce", "adamw", 0, data=str(data))
         write_run(tmp_path / "ce", "adamw", 0, loss="ce", data=str(data))
         write_run(tmp_path / "filtered", "adamw", 0, min_item_interactions=8, data=str(data))
-        assert len(read_groups([tmp_path])) == 3
+        write_run(tmp_path / "cold", "adamw", 0, cold_items=0.1, data=str(data))
+        assert len(read_groups([tmp_path])) == 4
 
     def test_the_plain_arm_with_the_same_settings_is_the_baseline(self, tmp_path, data):
         write_run(tmp_path / "better", "adamw", 0, 0.9, learning_rate=0.1, data=str(data))
@@ -263,6 +265,23 @@ class TestItems:
         assert items.most_popular(counts, 4, 2).tolist() == [1, 3]
         assert items.most_popular(counts, 4, 4).tolist() == [0, 1, 2, 3]
         assert items.most_popular(None, 4, 2).tolist() == [0, 1]
+
+    def test_each_arm_has_its_own_graph(self, tmp_path, data):
+        options = {"trained": True, "data": str(data)}
+        write_run(tmp_path / "a", "adamw", 1, **options)
+        write_run(tmp_path / "b", "sevo-adamw", 1, **options)
+        write_run(tmp_path / "c", "sevo-adamw", 1, max_hops=3, **options)
+        (group,) = read_groups([tmp_path])
+        source = source_of(group)
+        assert len(source.graphs) == 2
+        found = {arm.config.max_hops if not arm.plain else "plain": source.graph_of(arm) for arm in group.arms}
+        assert found["plain"] is None
+        assert found[3].items.nnz > found[1].items.nnz > 0
+
+    def test_lines_of_many_settings_differ(self):
+        arms = [SimpleNamespace(optimizer=name) for name in ["sevo-adamw"] * 13 + ["sevo-gradient"] * 2]
+        found = [tuple(style.values()) for style in styles(arms)]
+        assert len(set(found)) == len(found)
 
     def test_what_is_linked_stands_in_the_graph(self, page, group):
         (found,) = payload(page)

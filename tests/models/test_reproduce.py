@@ -16,14 +16,14 @@ import models.training.training_data
 from models import plots
 from models.__main__ import main
 from models.data import load_interactions
-from models.reproduce import Reproduce, costs, maps, runner
+from models.reproduce import Reproduce, costs, maps, runner, tables
 from models.reproduce.cells import Cell, Cells, cell_path, identity_of, portable
 from models.reproduce.claims import CLAIMS, Verdict, claim_lines
 from models.reproduce.costs import ArmCosts, Costs, find_costs
 from models.reproduce.pictures import draw_table
 from models.reproduce.report import write_report
 from models.reproduce.status import seconds_of
-from models.reproduce.summaries import TableCells, average_gains
+from models.reproduce.summaries import RowCells, TableCells, average_gains
 from models.reproduce.tables import METRICS, load_table, table_names
 from models.training import compare, loop
 from models.training.files import read_history, write_text
@@ -576,6 +576,36 @@ class TestReport:
         assert f"**sevo-adamw (beta {best.settings['beta']})**" in text
         assert text.count("**sevo-adamw") == 1
 
+    def test_the_best_is_chosen_over_the_seeds_that_all_have(self, folder):
+        """Beta 0.9 is better in the only seed that both have; the other seed of beta 0.5 is one of luck."""
+        row = load_table("tiny.yaml").rows[1]
+        for group in row.groups[1:]:
+            scores = {0.5: [0.3, 0.9], 0.9: [0.4]}[group.settings["beta"]]
+            for seed, score in enumerate(scores):
+                history = [{"epoch": 1, "loss": 1.0, "validation": {"NDCG@10": score}}]
+                cell = complete_cell("tiny", group, seed, validation=dict.fromkeys(METRICS, score))
+                dataclasses.replace(cell, history=history).write(cell_path(Path("results"), "tiny", group, seed))
+        found = RowCells(row, Cells(Path("results")), "tiny")
+        chosen = [summary.group.settings["beta"] for summary in found.summaries if found.chosen(summary)]
+        assert chosen == [0.9]
+
+    def test_cells_of_other_settings_are_none(self, folder, trained, capsys):
+        """The table was edited since: neither shown nor counted, and training says what differs."""
+        reproduce(seeds=1)
+        path = Path("results/tiny/tiny-sasrec-bce-adamw-seed0.json")
+        cell = Cell.read(path)
+        dataclasses.replace(cell, config=cell.config | {"embedding_dim": 17}).write(path)
+        row = load_table("tiny.yaml").rows[0]
+        assert [group.arm for group in RowCells(row, Cells(Path("results")), "tiny").missing] == ["adamw"]
+        with pytest.raises(ValueError, match="was made with embedding_dim=17"):
+            reproduce(seeds=1)
+
+    def test_a_table_may_not_take_the_name_of_another(self, folder):
+        text = (tables.FOLDER / "table-4.yaml").read_text(encoding="utf-8")
+        Path("table-4.yaml").write_text(text.replace("Table 4:", "My own:"))
+        with pytest.raises(ValueError, match=r"table: table-4\.yaml has the name of a table that comes along, table-4"):
+            reproduce(table="table-4.yaml", report=True)
+
     def test_runs_of_different_length_are_compared_fairly(self, folder, trained):
         """The longer run is better in the end, but not where both can be compared."""
         reproduce(seeds=1)
@@ -632,6 +662,17 @@ class TestReport:
             plots.Arrival(5, 0.0, 0),
             plots.Arrival(None, None, 2),
         ]
+
+        # What plain AdamW reaches in fewer epochs is no level for longer runs, and no gain of theirs is over it.
+        before = {path: Cell.read(path) for path in Path("results/tiny").glob("*sevo-adamw*.json")}
+        for path, cell in before.items():
+            dataclasses.replace(cell, config=cell.config | {"epochs": 99}).write(path)
+        found = RowCells(load_table("tiny.yaml").rows[1], Cells(Path("results")), "tiny")
+        assert found.times_to_quality() == []
+        gains = {summary.group.arm: gain["1-4"].difference for summary, gain in found.group_gains("popularity")}
+        assert gains == {"adamw": None, "sevo-adamw": None}
+        for path, cell in before.items():
+            cell.write(path)
 
         for path in Path("results/tiny").glob("*.json"):  # as earlier versions wrote them
             dataclasses.replace(Cell.read(path), epoch_steps=None, groups={}).write(path)
@@ -1322,12 +1363,14 @@ class TestClaims:
         for row in load_table("4").rows:
             for group in row.groups:
                 place = (row.dataset, group.settings.get("num_layers"))
-                write_cells("table-4", group, [values.get(place, 0.03), *([0.9] if place == ("beauty", 5) else [])])
+                base = values.get(place, 0.03)
+                lucky = [0.9] if place == ("beauty", 5) else []
+                write_cells("table-4", group, [base - 0.0001, base, base + 0.0001, *lucky])
         found = Cells(Path("results"))
         tables = {name: TableCells.of(load_table(name), found) for name in table_names()}
         lines = {line[0]: line[1:] for line in claim_lines(tables)}
         assert lines["L = 3 is best"][0] == "holds in 1 of 2"
-        assert "beauty, seed 0: best at L = 3 (0.0500; L = 3: 0.0500)" in lines["L = 3 is best"][1]
+        assert "beauty, seed 0, 1, 2: best at L = 3 (0.0500; L = 3: 0.0500)" in lines["L = 3 is best"][1]
         assert lines["Genres help, but less than interactions"][0] == "not decided"
 
     def test_noise_decides_nothing(self, folder):
@@ -1343,6 +1386,24 @@ class TestClaims:
             "beauty, seed 0: best at L = 4 (0.0405; L = 3: 0.0400), "
             "which 0.0028 of noise (two standard errors) does not tell apart"
         ]
+
+    @pytest.mark.parametrize(
+        ("scores", "evidence"),
+        [
+            ({3: [0.041]}, "; of one seed, so how much is noise is not known"),
+            ({3: [0.040, 0.042], 4: [0.0405, 0.0405]}, ", a lead of 0.0005 0.0028 of noise (two standard errors) does"),
+        ],
+    )
+    def test_a_small_lead_of_the_claim_decides_nothing_either(self, folder, scores, evidence):
+        (beauty,) = [row for row in load_table("4").rows if row.title == "SASRec on Beauty"]
+        for group in beauty.groups:
+            usual = [0.030] * len(scores[3])
+            write_cells("table-4", group, scores.get(group.settings.get("num_layers"), usual))
+        (layers,) = [claim for claim in CLAIMS if claim.tables == ("table-4",)]
+        verdict = layers.judge({"table-4": TableCells.of(load_table("4"), Cells(Path("results")))})
+        assert verdict.holds == []
+        assert "best at L = 3" in verdict.evidence[0]
+        assert evidence in verdict.evidence[0]
 
     def test_average_gains(self, folder, trained):
         reproduce(seeds=2)

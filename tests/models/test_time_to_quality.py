@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from models import plots
@@ -101,6 +102,13 @@ class TestOfAComparison:
         alone = {"adamw": results["adamw"]}
         assert compare.times_to_quality(compare.read_courses(alone, tmp_path)) == {}
         assert compare.times_to_quality({"adamw": {}, "sevo-adamw": courses(SEVO)}) == {}
+
+
+def test_seeds_are_averaged_by_epoch():
+    """One was interrupted and went on: it was evaluated once more."""
+    epochs, values = plots._common([[(5, 0.1), (10, 0.2), (12, 0.9), (15, 0.3)], [(5, 0.3), (10, 0.4), (15, 0.5)]])
+    assert epochs == [5, 10, 15]
+    np.testing.assert_array_equal(values, [[0.1, 0.2, 0.3], [0.3, 0.4, 0.5]])
 
 
 def test_the_picture(tmp_path):
