@@ -13,8 +13,8 @@ from models.reproduce.tables import METRICS
 SEVO: Optimizer = "sevo-adamw"
 # Training that takes so much longer is not negligible.
 NEGLIGIBLE = 0.25
-# With more smoothing than this the iterative form does not converge, says the paper of its Figure 5b. From 1/2 on it need
-# not keep the gradient's direction (Theorem 1).
+# With more smoothing than this the iterative form does not converge, says the paper of its Figure 5b. From 1/2 on it
+# need not keep the gradient's direction (Theorem 1).
 FAILS_ABOVE = {"beauty": 0.7, "ml-1m": 0.9}
 
 Found = Mapping[str, TableCells]
