@@ -57,9 +57,10 @@ def draw_who_gains(row: RowCells, path: Path) -> bool:
             if all(gain.difference is None for gain in gains.values()) or not (len(same) == 1 or row.chosen(summary)):
                 continue
             users = {name: gain.users for name, gain in gains.items()}
+            compared = max(gain.compared for gain in gains.values())
             series.append(
                 plots.Series(
-                    _with_seeds(summary),
+                    _with_seeds(summary, compared),
                     plots.COLORS.get(summary.group.arm),
                     [gain.difference for gain in gains.values()],
                     [gain.deviation for gain in gains.values()],
@@ -67,7 +68,7 @@ def draw_who_gains(row: RowCells, path: Path) -> bool:
                 )
             )
         if series:
-            groups = [f"{name}\n{count:,} users" for name, count in users.items()]
+            groups = [f"{name}\n{count:,} {'user' if count == 1 else 'users'}" for name, count in users.items()]
             panels.append(plots.Clusters(counted, groups, series))
     if panels:
         plots.clusters(panels, path, ylabel=f"{TEST}: gain over adamw", title=f"{row.row.title}: who gains")
@@ -298,6 +299,7 @@ def _draw_maps(found: TableCells, results_dir: Path, path: Path) -> bool:
     return True
 
 
-def _with_seeds(summary: Summary) -> str:
-    seeds = f" ({len(summary.cells)} seeds)" if len(summary.cells) > 1 else ""
-    return summary.group.label + seeds
+def _with_seeds(summary: Summary, count: int | None = None) -> str:
+    """What a group is called, with how many seeds are drawn; None: all."""
+    count = len(summary.cells) if count is None else count
+    return summary.group.label + (f" ({count} seeds)" if count > 1 else "")

@@ -389,10 +389,15 @@ def by_group(row: RowCells, grouping: Grouping) -> list[list[str]]:
     coverage = f"coverage@{SELECTION_K}"
     known = any(coverage in cell.test for summary, _ in found for cell in summary.cells)
     header = [f"{SELECTION} by {COUNTED[grouping]}"]
-    header += [f"{name} ({gain.users:,} users)" for name, gain in found[0][1].items()] + ([coverage] if known else [])
+    header += ["seeds"]
+    header += [
+        f"{name} ({gain.users:,} {'user' if gain.users == 1 else 'users'})" for name, gain in found[0][1].items()
+    ]
+    header += [coverage] if known else []
     lines = []
     for summary, gains in found:
-        line = [summary.label]
+        seeds, compared = (max(getattr(gain, x) for gain in gains.values()) for x in ("seeds", "compared"))
+        line = [summary.label, str(seeds) if compared in (0, seeds) else f"{seeds}, {compared} of them compared"]
         for gain in gains.values():
             relative = "" if gain.relative is None else f" ({gain.relative:+.1%})"
             line.append(NONE if gain.mean is None else f"{gain.mean:.4f}{relative}")

@@ -131,6 +131,8 @@ class GroupGain:
       difference: mean difference to plain AdamW, over the seeds in common; None: there are none.
       deviation: standard deviation of the differences; None: there are less than two.
       relative: the difference divided by plain AdamW's mean; None: not known, or that is 0.
+      seeds: how many seeds the mean is of.
+      compared: how many of them are in common.
     """
 
     users: int
@@ -138,6 +140,8 @@ class GroupGain:
     difference: float | None = None
     deviation: float | None = None
     relative: float | None = None
+    seeds: int = 0
+    compared: int = 0
 
     @classmethod
     def of(
@@ -157,16 +161,17 @@ class GroupGain:
 
         users = int(mine[0].groups[grouping][name]["users"])
         if not users:
-            return cls(0, None)
+            return cls(0, None, seeds=len(mine))
         mean = statistics.fmean(map(ndcg, mine))
         keys = [(cell.seed, cell.config["epochs"]) for cell in mine]
         pairs = [(ndcg(cell), ndcg(base[key])) for cell, key in zip(mine, keys, strict=True) if key in base]
         if not pairs:
-            return cls(users, mean)
+            return cls(users, mean, seeds=len(mine))
         differences = [one - other for one, other in pairs]
         difference, before = statistics.fmean(differences), statistics.fmean(other for _, other in pairs)
         deviation = statistics.stdev(differences) if len(pairs) > 1 else None
-        return cls(users, mean, difference, deviation, difference / before if before else None)
+        relative = difference / before if before else None
+        return cls(users, mean, difference, deviation, relative, len(mine), len(pairs))
 
 
 def with_common_seeds(summaries: Mapping[Key, Summary | None]) -> dict[Key, Summary]:

@@ -712,20 +712,22 @@ class TestReport:
         text = text[text.index("### SASRec with cross-entropy on tiny") :]
         start = "| NDCG@10 by training interactions of the item to find |"
         header, _, *lines = text[text.index(start) :].splitlines()[:5]
-        assert header == f"{start} never seen (0 users) | 1-4 (1,234 users) | coverage@10 |"
+        assert header == f"{start} seeds | never seen (0 users) | 1-4 (1,234 users) | coverage@10 |"
         assert lines == [
-            "| adamw | – | 0.0200 | 0.400 |",
-            "| sevo-adamw (beta 0.5) | – | 0.0350 (+50.0%) | 0.200 |",
-            "| sevo-adamw (beta 0.9) | – | 0.0150 (-50.0%) | 0.000 |",
+            "| adamw | 1 | – | 0.0200 | 0.400 |",
+            "| sevo-adamw (beta 0.5) | 2, 1 of them compared | – | 0.0350 (+50.0%) | 0.200 |",
+            "| sevo-adamw (beta 0.9) | 2, 1 of them compared | – | 0.0150 (-50.0%) | 0.000 |",
         ]
-        assert "| sevo-adamw (beta 0.5) | 0.1000 |" in text  # what has no gain: plain AdamW finds nothing
+        assert (
+            "| sevo-adamw (beta 0.5) | 2, 1 of them compared | 0.1000 |" in text
+        )  # what has no gain: plain AdamW finds nothing
         assert "![Gain of groups of users over adamw](tiny-tiny-sasrec-ce-who-gains.png)" in text
         (panels, name) = drawn[-1]
         assert name == "tiny-tiny-sasrec-ce-who-gains.png"
         assert [panel.groups for panel in panels] == [["never seen\n0 users", "1-4\n1,234 users"], ["1-4\n1,234 users"]]
         (series,) = panels[0].series  # of the two the one that was chosen on the validation items
         best = max((0.5, 0.9), key=lambda beta: self.validation(beta))
-        assert series.label == f"sevo-adamw (beta {best}) (2 seeds)"
+        assert series.label == f"sevo-adamw (beta {best})"  # one seed is compared
         assert series.values == [None, pytest.approx(0.01 if best == 0.5 else -0.01)]
         assert series.notes == ["", "+50%" if best == 0.5 else "-50%"]
 
