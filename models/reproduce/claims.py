@@ -127,7 +127,7 @@ def _layers(found: Found) -> Verdict:
         elif lead > (noise := 2 * deviation * math.sqrt(2 / len(compared[3].cells))):
             holds.append(best == 3)
         else:
-            second = f"a lead of {lead:.4f}" if best == 3 else "which"
+            second = f"a lead of {lead:.4f} that" if best == 3 else "which"
             text += f", {second} {noise:.4f} of noise (two standard errors) does not tell apart"
         evidence.append(text)
     return Verdict(holds, evidence)

@@ -314,8 +314,9 @@ class Run:
         for folder in (self.directory, self.directory / EMBEDDINGS):
             for path in folder.glob(f"{PARTIAL}*"):  # of a process that was killed
                 path.unlink()
-        # run.json is replaced: a folder without it holds no run. What lies beside it not every model writes.
-        for name in ("result.json", "curve.png", "per_user.csv", beside.CONTEXT, beside.USERS):
+        # run.json is replaced: a folder without it holds no run. What another model has left beside it need not be.
+        others = () if self.continues else (beside.CONTEXT, beside.USERS)
+        for name in ("result.json", "curve.png", "per_user.csv", *others):
             (self.directory / name).unlink(missing_ok=True)
         self.checkpoints.remove_after(self.saved)
         for path in (self.directory / EMBEDDINGS).glob("*.npz"):

@@ -1393,7 +1393,10 @@ class TestClaims:
         ("scores", "evidence"),
         [
             ({3: [0.041]}, "; of one seed, so how much is noise is not known"),
-            ({3: [0.040, 0.042], 4: [0.0405, 0.0405]}, ", a lead of 0.0005 0.0028 of noise (two standard errors) does"),
+            (
+                {3: [0.040, 0.042], 4: [0.0405, 0.0405]},
+                ", a lead of 0.0005 that 0.0028 of noise (two standard errors) does",
+            ),
         ],
     )
     def test_a_small_lead_of_the_claim_decides_nothing_either(self, folder, scores, evidence):
