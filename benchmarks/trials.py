@@ -349,16 +349,26 @@ def train(name: str, found: Parts, prepared: TrainingData, seed: int) -> dict[st
     }
 
 
-def digest_of(config: TrainConfig, *, smoothed: bool) -> str:
-    """A name for the settings that trials are given, data and seed aside: seeds are averaged where it is the same.
+def settings_of(name: str, config: TrainConfig) -> dict[str, Any]:
+    """Names for the settings that a trial is given, data and seed aside: what may be averaged and compared.
 
     Args:
-      config: the settings, before a trial changes any.
-      smoothed: whether those of the smoothing count.
+      name: the trial; those of plain AdamW heed no setting of the smoothing.
+      config: the settings, before the trial changes any.
+
+    Returns:
+      ``all``: the same where seeds are averaged. ``unsmoothed``: the ``all`` of the AdamW that it is compared with.
+      ``beta``: the strength of the smoothing; None: there is none.
     """
-    left_out = ("data", "cache_dir", "optimizer", "seed", *(() if smoothed else SMOOTHING))
-    kept = {name: value for name, value in config.to_dict().items() if name not in left_out}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    given = {x: y for x, y in config.to_dict().items() if x not in ("data", "cache_dir", "optimizer", "seed")}
+
+    def digest(values: dict[str, Any]) -> str:
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+    unsmoothed = digest({x: y for x, y in given.items() if x not in SMOOTHING})
+    if name.startswith("adamw"):
+        return {"all": unsmoothed, "unsmoothed": unsmoothed, "beta": None}
+    return {"all": digest(given), "unsmoothed": unsmoothed, "beta": config.beta}
 
 
 def data_name(config: TrainConfig) -> str:
@@ -384,15 +394,13 @@ def table(folder: Path) -> str:
         "| data | trial | β | seeds | epochs | best epoch | validation | test | test − AdamW |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-
-    def place(entry: tuple[tuple[str, str, str], dict[int, dict[str, Any]]]) -> tuple[Any, ...]:
-        (data, trial, digest), runs = entry
-        return data, min(run["epochs"] for run in runs.values()), order.index(trial), digest
-
-    for (data, trial, _), runs in sorted(found.items(), key=place):
-        some = next(iter(runs.values()))
-        epochs, beta = some["epochs"], some["settings"]["beta"]
-        plain = found.get((data, "adamw", some["settings"]["unsmoothed"]), {})
+    rows = []
+    for (data, trial, digest), runs in found.items():
+        some = next(iter(runs.values()))  # its settings are those of all
+        rows.append(((data, some["epochs"], order.index(trial), digest), runs, some["settings"]))
+    for (data, epochs, number, _), runs, settings in sorted(rows, key=lambda row: row[0]):
+        trial, beta = order[number], settings["beta"]
+        plain = found.get((data, "adamw", settings["unsmoothed"]), {})
         pairs = [runs[seed]["test"][SELECTION] - plain[seed]["test"][SELECTION] for seed in runs if seed in plain]
         difference = "–"
         if trial != "adamw" and pairs:
@@ -449,10 +457,10 @@ def run(options: argparse.Namespace) -> None:
         if (config.model, config.loss) != ("sasrec", "ce"):
             raise ValueError(f"preset must be one of sasrec with loss ce, got {config.model} with {config.loss}")
         todo = []
+        settings = {name: settings_of(name, config) for name in names}
         for seed in options.seed:
             for name in names:
-                digest = digest_of(config, smoothed=not name.startswith("adamw"))
-                file = f"{name}-epochs{config.epochs}-{digest}-seed{seed}.json"
+                file = f"{name}-epochs{config.epochs}-{settings[name]['all']}-seed{seed}.json"
                 path = options.results_dir / data_name(config) / file
                 if path.exists() and not options.overwrite:
                     print(f"{path} is there; --overwrite trains it again", flush=True)
@@ -460,13 +468,7 @@ def run(options: argparse.Namespace) -> None:
                     todo.append((name, seed, path))
         prepared = make_training_data(load_interactions(config), config) if todo else None
         for name, seed, path in todo:
-            result = train(name, TRIALS[name](prepared, config, seed), prepared, seed)
-            smoothed = not name.startswith("adamw")
-            result["settings"] = {
-                "beta": config.beta if smoothed else None,
-                "all": digest_of(config, smoothed=smoothed),
-                "unsmoothed": digest_of(config, smoothed=False),
-            }
+            result = train(name, TRIALS[name](prepared, config, seed), prepared, seed) | {"settings": settings[name]}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, result)
             print(f"{path}: {SELECTION} {result['test'][SELECTION]:.4f} at epoch {result['best_epoch']}", flush=True)

@@ -117,7 +117,7 @@ def sevo(
       TypeError: if an argument or the chosen leaf has the wrong type; floats of eight bits are refused.
       ValueError: if the weights are not square, symmetric, non-negative and finite, a number is out of range, a path
         names no leaf or several, or the table and the graph differ in their number of nodes. The message lists the
-        leaves. ``update`` also refuses a state whose graph has other nodes, or another number of entries.
+        leaves. ``update`` also refuses a state whose graph has another number of nodes or entries.
 
     Note:
       One NaN in a gradient reaches every row within :math:`L` hops of its own. :func:`optax.apply_if_finite` around the

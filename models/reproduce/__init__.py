@@ -63,14 +63,13 @@ class Reproduce:
                 f"table and figure exclude each other, got {self.table} and {self.figure}; give one of them"
             )
         table = load_table(self.table or "3" if self.figure is None else f"figure-{self.figure}")
-        tables = list(bundled_tables())
-        bundled = {other.name: other for other in tables}
-        if bundled.setdefault(table.name, table) != table:
+        known = {other.name: other for other in bundled_tables()}
+        if known.setdefault(table.name, table) != table:
             raise ValueError(
                 f"table: {self.table} has the name of a table that comes along, {table.name}, and other contents; give "
                 "the file a name of its own"
             )
-        tables = list(bundled.values())
+        tables = list(known.values())
         if self.list:
             self._list(tables)
             return

@@ -187,6 +187,11 @@ class Cell:
         """What an earlier version of the arm did, if the cell is of one."""
         return EARLIER[self.arm] if self.revision < REVISIONS.get(self.arm, 1) else None
 
+    @property
+    def pairing(self) -> tuple[int, int]:
+        """Seed and epochs: what two cells must have in common to be compared."""
+        return self.seed, self.config["epochs"]
+
     @functools.cached_property
     def identity(self) -> str:
         """What was trained, see :func:`identity_kept`."""

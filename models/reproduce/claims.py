@@ -121,7 +121,7 @@ def _layers(found: Found) -> Verdict:
         seeds = ", ".join(str(cell.seed) for cell in compared[3].cells)
         text = f"{row.row.dataset}, seed {seeds}: best at L = {best} ({values[best]:.4f}; L = 3: {values[3]:.4f})"
         deviation = finished(row, num_layers=3).deviation()
-        lead = values[best] - max(x for n, x in values.items() if n != best) if best == 3 else values[best] - values[3]
+        lead = abs(values[3] - max(x for n, x in values.items() if n != 3))
         if deviation is None:
             text += "; of one seed, so how much is noise is not known"
         elif lead > (noise := 2 * deviation * math.sqrt(2 / len(compared[3].cells))):

@@ -52,7 +52,7 @@ class Summary:
     @cached_property
     def by_seed(self) -> dict[tuple[int, int], float]:
         """Test NDCG@10 by seed and epochs: what may be compared between arms."""
-        return {(cell.seed, cell.config["epochs"]): cell.test[SELECTION] for cell in self.cells}
+        return {cell.pairing: cell.test[SELECTION] for cell in self.cells}
 
     @property
     def validation(self) -> float:
@@ -163,8 +163,7 @@ class GroupGain:
         if not users:
             return cls(0, None, seeds=len(mine))
         mean = statistics.fmean(map(ndcg, mine))
-        keys = [(cell.seed, cell.config["epochs"]) for cell in mine]
-        pairs = [(ndcg(cell), ndcg(base[key])) for cell, key in zip(mine, keys, strict=True) if key in base]
+        pairs = [(ndcg(cell), ndcg(base[cell.pairing])) for cell in mine if cell.pairing in base]
         if not pairs:
             return cls(users, mean, seeds=len(mine))
         differences = [one - other for one, other in pairs]
@@ -254,7 +253,7 @@ class RowCells:
                 continue
             base = self.plain_adamw(summary)
             others = base.cells if base is not None and base is not summary else []
-            by_seed = {(cell.seed, cell.config["epochs"]): cell for cell in others if grouping in cell.groups}
+            by_seed = {cell.pairing: cell for cell in others if grouping in cell.groups}
             names = mine[0].groups[grouping]
             found.append((summary, {name: GroupGain.of(mine, by_seed, grouping, name) for name in names}))
         return found
@@ -344,11 +343,7 @@ def average_gains(rows: Sequence[RowCells], over: Optimizer, *, complete: bool =
 
 def _relative(summary: Summary, base: Summary) -> float | None:
     """The relative gain, averaged over the metrics, of the seeds in common; None: there are none."""
-
-    def by_seed(cells: Sequence[Cell]) -> Mapping[tuple[int, int], Cell]:
-        return {(cell.seed, cell.config["epochs"]): cell for cell in cells}
-
-    mine, theirs = by_seed(summary.cells), by_seed(base.cells)
+    mine, theirs = ({cell.pairing: cell for cell in x.cells} for x in (summary, base))
     common = [key for key in mine if key in theirs]
     if not common:
         return None

@@ -82,7 +82,7 @@ class TrainedModel:
         self.query = model.query
         self._context = {} if context is None else context
         self._number = item_lookup(item_ids)
-        self._user = None if users is None else id_lookup(users.ids)
+        self._user = id_lookup(np.zeros(0, np.int64) if users is None else users.ids)
         self._num_behind = len(behind_history(model, self.num_items)) if model.query == "history" else 0
         self._chunk_size = max(1, min(USERS_AT_ONCE, SCORES_AT_ONCE // len(item_ids)))
         graphdef, self._state = nnx.split(model)
@@ -205,7 +205,7 @@ class TrainedModel:
         Raises:
           ValueError: if the model has no table of users, does not know one, or as for :meth:`recommend`.
         """
-        if self.query != "user" or self.users is None or self._user is None:
+        if self.query != "user" or self.users is None:
             raise ValueError(
                 f"{self.config.model} has no table of users; give the histories instead (--history, --histories, or "
                 "recommend)"

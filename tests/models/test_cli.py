@@ -377,12 +377,13 @@ def test_a_large_graph_is_not_drawn(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["weights.npz", "degrees.png", "drawing.png"])
-def test_a_graph_does_not_replace_what_is_none(data, tmp_path, capsys, name):
-    (tmp_path / name).write_bytes(b"of mine")
+@pytest.mark.parametrize("content", [b"of mine", b"", b"PK\x05\x06 of mine", b"\x93NUMPY\x01\x00 of mine"])
+def test_a_graph_does_not_replace_what_is_none(data, tmp_path, capsys, name, content):
+    (tmp_path / name).write_bytes(content)
     status, _, err = run(capsys, "graph", "--data", data, "--output-dir", tmp_path)
     assert status == 2
     assert f"output_dir: {tmp_path} holds {name}, " in err
-    assert (tmp_path / name).read_bytes() == b"of mine"
+    assert (tmp_path / name).read_bytes() == content
     assert {path.name for path in tmp_path.iterdir()} == {"data.txt", name}
 
 
