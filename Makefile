@@ -16,8 +16,7 @@ demo: $(VENV)/.models  ## train SASRec three ways on embedded data and compare (
 test: $(VENV)/.test types  ## format, lint and type checks, then every test and every notebook on small data
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist worksteal
-	SEVO_NOTEBOOK_FAST=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
+	SEVO_NOTEBOOK_FAST=1 $(BIN)/python -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=600 notebooks tests sevo_optax models
 
 coverage: $(VENV)/.test  ## which lines of the library its own tests run (tracing slows all tests by a quarter)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=sevo_optax --cov-report=term-missing tests/sevo_optax sevo_optax

@@ -348,13 +348,12 @@ def test_killed_at_a_random_moment_and_resumed(tmp_path, data_file, monkeypatch)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
     moment = random.Random()
     finish(start_training(tmp_path / "whole", data_file, 60))
-    for after in (moment.randrange(1, 8), moment.randrange(9, 40)):
-        process = start_training(tmp_path / "killed", data_file, 60, "--resume")
-        wait_for_epochs(process, tmp_path / "killed", after)
-        time.sleep(moment.random() * 0.1)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it finished before it was killed"
+    process = start_training(tmp_path / "killed", data_file, 60)
+    wait_for_epochs(process, tmp_path / "killed", moment.randrange(1, 40))
+    time.sleep(moment.random() * 0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it finished before it was killed"
     finish(start_training(tmp_path / "killed", data_file, 60, "--resume"))
     for epoch in (58, 60):
         assert_same(leaves(tmp_path / "whole", epoch), leaves(tmp_path / "killed", epoch))

@@ -89,14 +89,15 @@ def test_more_items_asked_for_than_there_are(data, tmp_path, capsys):
     assert "coverage@1000 1.0000" in printed
 
 
-@pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
 @pytest.mark.parametrize(
-    ("text", "hits"),
+    ("model", "text", "hits"),
     [
-        ("1 1 2 3 4 5\n", None),  # one user
-        ("1 1 1 1 1\n2 1 1 1\n", 1.0),  # one item
-        ("".join(f"{u} {' '.join(str(1 + (u + i) % 30) for i in range(90))}\n" for u in range(5)), None),  # long
+        ("sasrec", "1 1 2 3 4 5\n", None),  # one user
+        ("bert4rec", "1 1 2 3 4 5\n", None),
+        ("sasrec", "1 1 1 1 1\n2 1 1 1\n", 1.0),  # one item
+        ("sasrec", "".join(f"{u} {' '.join(str(1 + (u + i) % 30) for i in range(90))}\n" for u in range(5)), None),
     ],
+    ids=["one user", "one user, masked", "one item", "long histories"],
 )
 def test_small_worlds(tmp_path, capsys, model, text, hits):
     path = tmp_path / "data.txt"

@@ -99,17 +99,20 @@ def test_seen_items_are_ranked_on_request(split):
     table = np.asarray(model.items()[0])
     graphdef, params = nnx.split(model)
     encode = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))
+    ranks = everything.ranks(model, {})
+    top, fresh_top, filled_top = (
+        np.asarray(ranking.top_items(model, {}, k)) for ranking, k in ((everything, 7), (unseen, 7), (unseen, 1000))
+    )
     for user, (sequence, target) in enumerate(zip(split.test_history, split.test, strict=True)):
         if user % 10:
             continue
         scores = table @ np.asarray(encode(params, alone(sequence[-8:], 8)))[0, len(sequence[-8:]) - 1]
         order = [item for item in np.argsort(-scores, kind="stable") if item]
         fresh = [item for item in order if item not in sequence]
-        assert everything.ranks(model, {})[user] == order.index(target)
-        assert np.asarray(everything.top_items(model, {}, 7))[user].tolist() == order[:7]
-        assert np.asarray(unseen.top_items(model, {}, 7))[user].tolist() == fresh[:7]
-        filled = np.asarray(unseen.top_items(model, {}, 1000))[user]
-        assert filled.tolist() == fresh + [0] * (40 - len(fresh))
+        assert ranks[user] == order.index(target)
+        assert top[user].tolist() == order[:7]
+        assert fresh_top[user].tolist() == fresh[:7]
+        assert filled_top[user].tolist() == fresh + [0] * (40 - len(fresh))
 
 
 def test_top_items_of_equal_scores():

@@ -85,15 +85,16 @@ class Formula:
     def unseen_item(self):
         users = np.asarray(self.seen.users).ravel()
         few = len(self.numbers) and (self.numbers == np.arange(len(self.places))).all()
+        sample = jax.jit(self.unseen.sample)
         if not few:
-            return np.asarray(self.unseen.sample(self.negative_key, jnp.asarray(users)))[self.places]
+            return np.asarray(sample(self.negative_key, jnp.asarray(users)))[self.places]
         # Queries without a target stand behind the others, and are user 0's.
         chosen = np.pad(users[self.places], (0, self.room - len(self.places)))
-        return np.asarray(self.unseen.sample(self.negative_key, jnp.asarray(chosen)))[: len(self.places)]
+        return np.asarray(sample(self.negative_key, jnp.asarray(chosen)))[: len(self.places)]
 
     @jax.ensure_compile_time_eval()
     def drawn(self, per_position):
-        sample = partial(self.unseen.proposal.sample, shape=(NUM_NEGATIVES,))
+        sample = jax.jit(partial(self.unseen.proposal.sample, shape=(NUM_NEGATIVES,)))
         if not per_position:
             return np.broadcast_to(sample(self.negative_key), (len(self.places), NUM_NEGATIVES))
         return np.stack([sample(jax.random.fold_in(self.negative_key, number)) for number in self.numbers])
@@ -180,7 +181,9 @@ def test_random_streams_stay(interactions, unseen, kind, loss, expected):
     options = {"max_length": 9, "embedding_dim": 8, "num_blocks": 1, "num_heads": 2, "dropout_rate": 0.5}
     model = kind(NUM_ITEMS, **options, rngs=nnx.Rngs(0))
     batch = first_batch(model, interactions)
-    got = [float(apply(loss, model, batch, unseen, jax.random.key(seed))) for seed in (0, 1)]
+    graphdef, params = nnx.split(model)
+    value = jax.jit(lambda key: apply(loss, nnx.merge(graphdef, params), batch, unseen, key))
+    got = [float(value(jax.random.key(seed))) for seed in (0, 1)]
     assert got == pytest.approx(expected, rel=1e-6)
 
 

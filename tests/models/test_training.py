@@ -183,17 +183,17 @@ def test_compare(prepared, tmp_path):
 
 def test_compare_several_seeds(prepared, tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, epochs=2, seed=5)
-    options = {"optimizers": ("adamw", "sevo-gradient"), "seeds": 3}
+    options = {"optimizers": ("adamw", "sevo-gradient"), "seeds": 2}
     results = compare.compare(prepared, config, tmp_path / "alone", **options)
-    assert [run.config["seed"] for run in results["adamw"]] == [5, 6, 7]
-    assert (tmp_path / "alone" / "sevo-gradient-7" / "run.json").exists()
+    assert [run.config["seed"] for run in results["adamw"]] == [5, 6]
+    assert (tmp_path / "alone" / "sevo-gradient-6" / "run.json").exists()
 
     values, base = ([run.test["NDCG@10"] for run in results[name]] for name in ("sevo-gradient", "adamw"))
     found = json.loads((tmp_path / "alone" / "compare.json").read_text())["optimizers"]["sevo-gradient"]["test"]
     differences = np.subtract(values, base)
-    t = differences.mean() / (differences.std(ddof=1) / np.sqrt(3))
-    # The distribution function of Student's t with two degrees of freedom, in closed form.
-    p = 1 - abs(t) / np.sqrt(2 + t * t)
+    t = differences.mean() / (differences.std(ddof=1) / np.sqrt(2))
+    # The distribution function of Student's t with one degree of freedom, in closed form.
+    p = 1 - 2 * np.arctan(abs(t)) / np.pi
     assert found["NDCG@10"]["p_value"] == pytest.approx(p, rel=1e-6)
     assert found["NDCG@10"]["mean"] == pytest.approx(np.mean(values))
     assert found["NDCG@10"]["sd"] == pytest.approx(np.std(values, ddof=1))
@@ -203,7 +203,7 @@ def test_compare_several_seeds(prepared, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:  # as on a GPU
         patch.setattr(compare, "seeds_at_once", lambda count: count)
-        together = compare.compare(prepared, config, tmp_path / "together", optimizers=("sevo-gradient",), seeds=3)
+        together = compare.compare(prepared, config, tmp_path / "together", optimizers=("sevo-gradient",), seeds=2)
     for one, two in zip(results["sevo-gradient"], together["sevo-gradient"], strict=True):
         np.testing.assert_allclose(two.losses, one.losses, rtol=1e-3)
 
@@ -283,16 +283,15 @@ def test_bfloat16_computes_close_to_float32(prepared, model, loss):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_diagnostics_describe_the_next_step_and_change_nothing(prepared, tmp_path, optimizer):
     config = dataclasses.replace(CONFIG, epochs=2)
-    plain = loop.train(prepared, config, optimizer)
     result = loop.train(prepared, dataclasses.replace(config, diagnostics=True), optimizer, tmp_path)
-    assert result.losses == plain.losses
     found = read_history(tmp_path / "history.jsonl")[1]["diagnostics"]
 
     graphdef, params, tx, opt_state = start(prepared, optimizer)
     epoch = jit(make_epoch(graphdef, tx, BCE))
     for number in (1, 2):
         key = jax.random.fold_in(jax.random.key(CONFIG.seed), number)
-        params, opt_state, _ = epoch(params, opt_state, prepared.feed, prepared.sampler, {}, key)
+        params, opt_state, losses = epoch(params, opt_state, prepared.feed, prepared.sampler, {}, key)
+        assert result.losses[number - 1] == float(np.asarray(losses).mean())
     shuffle_key, step_key = jax.random.split(key)
     batch = prepared.feed.shuffle(shuffle_key).batch(0)
     grads = jax.grad(lambda p: training_loss(nnx.merge(graphdef, p), BCE, batch, {}, prepared.sampler, step_key))(

@@ -134,7 +134,6 @@ def test_on_four_devices():
         | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # how much is communicated is read off the finished program
         },
         capture_output=True,
         text=True,

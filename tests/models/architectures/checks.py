@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -216,29 +217,39 @@ def check_presets(name, columns):
     assert found == expected
 
 
-def check_a_run(config, directory, monkeypatch):
+def check_resuming(result, prepared, config, whole, epoch, directory):
+    """A run that had saved no later epoch than this one when it was killed ends, resumed, as it did bit by bit.
+
+    Args:
+      result: what the whole run gave.
+      prepared: what it was trained on.
+      config: its settings.
+      whole: its folder.
+      epoch: the last one that is saved; 0: none is.
+      directory: where a copy of the folder goes on.
+    """
+    shutil.copytree(whole, directory)
+    (directory / "result.json").unlink()
+    checkpoints = Checkpoints(directory)
+    for later in checkpoints.epochs():
+        if later > epoch:
+            shutil.rmtree(directory / "checkpoints" / str(later))
+    assert checkpoints.epochs()[-1:] == ([epoch] if epoch else [])
+    resumed = loop.train(prepared, config, config.optimizer, directory, resume=True)
+    assert (resumed.losses, resumed.test) == (result.losses, result.test)
+    first, second = (Checkpoints(one).load(config.epochs).leaves for one in (whole, directory))
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def check_a_run(config, directory):
     """Trains, goes on after an interruption, recommends and exports; returns the run's losses."""
     data = drifting_interests(num_users=40, num_items=NUM_ITEMS, num_groups=4, mean_length=6, seed=3)
     prepared = make_training_data(data, config)
     whole = loop.train(prepared, config, config.optimizer, directory / "whole")
     assert np.isfinite(whole.losses).all()
-    with monkeypatch.context() as patch:
-        record = loop.Run.record
-
-        def breaking(self, entry):
-            record(self, entry)
-            if entry["epoch"] == 1:
-                raise KeyboardInterrupt
-
-        patch.setattr(loop.Run, "record", breaking)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(prepared, config, config.optimizer, directory / "broken")
-    resumed = loop.train(prepared, config, config.optimizer, directory / "broken", resume=True)
-    assert (resumed.losses, resumed.test) == (whole.losses, whole.test)
-    first, second = (Checkpoints(directory / name).load(config.epochs).leaves for name in ("whole", "broken"))
-    assert first.keys() == second.keys()
-    for name in first:
-        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    check_resuming(whole, prepared, config, directory / "whole", 1, directory / "broken")
 
     run = load_run(directory / "whole")
     history = leave_one_out(data).test_history

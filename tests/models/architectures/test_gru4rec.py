@@ -181,9 +181,9 @@ def test_bad_options(options, message):
 
 
 @pytest.mark.parametrize("options", [{}, {"separate_prefixes": True, "optimizer": "adam", "weight_decay": 1e-6}])
-def test_a_run(tmp_path, monkeypatch, options):
+def test_a_run(tmp_path, options):
     sizes = {"max_length": 8, "embedding_dim": 6, "hidden_dim": 8, "epochs": 2, "batch_size": 60, "eval_every": 1}
-    checks.check_a_run(make_config("gru4rec", **sizes, **options), tmp_path, monkeypatch)
+    checks.check_a_run(make_config("gru4rec", **sizes, **options), tmp_path)
 
 
 def test_presets():

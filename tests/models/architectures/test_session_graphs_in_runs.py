@@ -14,13 +14,12 @@ from models.serving.trained import TrainedModel, evaluate
 from models.training import loop
 from models.training.checkpoints import Checkpoints, load_run
 from models.training.training_data import make_training_data
+from tests.models.architectures import checks
 
 SMALL = {"embedding_dim": 4, "batch_size": 40, "epochs": 4, "eval_every": 2, "learning_rate": 1e-2, "max_length": 8}
 CASES = {
-    "sr-gnn": ("sr-gnn", SMALL),
+    "sr-gnn": ("sr-gnn", {"separate_prefixes": True, **SMALL}),  # items repeat here
     "lessr": ("lessr", {"num_blocks": 2, "dropout_rate": 0.2, **SMALL}),
-    # Items repeat here.
-    "lessr, separately": ("lessr", {"num_blocks": 2, "separate_prefixes": True, **SMALL}),
 }
 NUM_ITEMS = 20
 IDS = np.array([f"item {i}" if i else "" for i in range(NUM_ITEMS + 1)])
@@ -52,25 +51,8 @@ def trained(request, tmp_path_factory):
     return Trained(config, interactions, prepared, directory, result)
 
 
-def test_a_resumed_run_ends_bit_by_bit_as_an_uninterrupted_one(trained, tmp_path, monkeypatch):
-    record = loop.Run.record
-
-    def breaking(self, entry):
-        record(self, entry)
-        if entry["epoch"] == 3:
-            raise RuntimeError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "record", breaking)
-        with pytest.raises(RuntimeError):
-            loop.train(trained.prepared, trained.config, trained.config.optimizer, tmp_path)
-    assert Checkpoints(tmp_path).epochs() == [2]
-    resumed = loop.train(trained.prepared, trained.config, trained.config.optimizer, tmp_path, resume=True)
-    whole, again = (Checkpoints(x).load(4).leaves for x in (trained.directory, tmp_path))
-    assert whole.keys() == again.keys()
-    for name in whole:
-        np.testing.assert_array_equal(whole[name], again[name], err_msg=name)
-    assert (resumed.losses, resumed.test) == (trained.result.losses, trained.result.test)
+def test_a_resumed_run_ends_bit_by_bit_as_an_uninterrupted_one(trained, tmp_path):
+    checks.check_resuming(trained.result, trained.prepared, trained.config, trained.directory, 2, tmp_path / "broken")
 
 
 def test_running_statistics_lie_in_the_checkpoint_and_rows_keep_their_norm(trained):

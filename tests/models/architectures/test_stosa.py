@@ -324,9 +324,9 @@ def test_bad_options(options, message):
         dataclasses.replace(CONFIG, **options).checked()
 
 
-def test_a_run(tmp_path, monkeypatch):
+def test_a_run(tmp_path):
     sizes = {"max_length": 8, "embedding_dim": 8, "num_heads": 2, "epochs": 2, "batch_size": 15, "eval_every": 1}
-    checks.check_a_run(make_config("stosa", **sizes), tmp_path, monkeypatch)
+    checks.check_a_run(make_config("stosa", **sizes), tmp_path)
 
 
 def test_both_tables_are_smoothed_each_by_itself(interactions):
