@@ -57,6 +57,23 @@ def check_numbers(options: Any) -> None:
                 raise ValueError(f"{field.name} must be at most {LARGEST_INT}, got {digits}")
 
 
+def check_titles(options: Any) -> None:
+    """Checks that the columns of titles come with a file of them.
+
+    Args:
+      options: has ``titles``, ``title_item_column`` and ``title_column``, and is a dataclass.
+
+    Raises:
+      ValueError: if there is no file, but a column of it is named.
+    """
+    usual = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in ("title_item_column", "title_column"):
+        if options.titles is None and getattr(options, name) != usual[name]:
+            raise ValueError(
+                f"{name} is not heeded without titles, got {getattr(options, name)}; give --titles as well"
+            )
+
+
 def check_split(options: Any) -> None:
     """Checks that the options of a split belong to the split that is chosen.
 

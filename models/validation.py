@@ -50,6 +50,24 @@ for _tag, _pattern, _first in [
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that :class:`_Loader` would take for something else."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = _Loader.yaml_implicit_resolvers
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """A mapping as YAML that :func:`read_yaml` reads as it was, in the same order.
+
+    >>> print(dump_yaml({"split_times": ["1e9", "010"], "epochs": 5}), end="")
+    split_times:
+    - '1e9'
+    - 010
+    epochs: 5
+    """
+    return str(yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping.
 

@@ -14,9 +14,9 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tabulate import tabulate
 
-from models.checks import QUANTILES
+from models.checks import QUANTILES, check_titles
 from models.config import SELECTION, Duplicates, Grouping, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
-from models.training.files import make_folder, refuse_run_file, write_bytes, write_json, write_text
+from models.training.files import make_folder, refuse_run_file, refuse_same, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from models.data import Interactions
@@ -84,6 +84,8 @@ class Recommend:
                 raise ValueError(f"output must end in {' or '.join(WRITERS)}, got {self.output}")
             _make_parent("output", self.output)
             refuse_run_file("output", self.output, self.checkpoint)
+            names = ("histories", "titles", "only_items", "exclude_items", "candidates")
+            refuse_same("output", self.output, {name: getattr(self, name) for name in names})
         titles = None
         if self.titles is not None:
             from models.data import read_titles
@@ -129,12 +131,7 @@ class Recommend:
 
     def _check_unheeded(self) -> None:
         """Refuses options that belong to a file which is not given."""
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in ("title_item_column", "title_column"):
-            if self.titles is None and getattr(self, name) != usual[name]:
-                raise ValueError(
-                    f"{name} is not heeded without titles, got {getattr(self, name)}; give --titles as well"
-                )
+        check_titles(self)
         if self.histories is None and self.candidates is None:
             for field in dataclasses.fields(self.reading):
                 value = getattr(self.reading, field.name)
@@ -197,6 +194,8 @@ class Evaluate:
         for name in ("per_user", "output"):
             _make_parent(name, getattr(self, name))
             refuse_run_file(name, getattr(self, name), self.checkpoint)
+            refuse_same(name, getattr(self, name), {"data": self.data})
+        refuse_same("output", self.output, {"per_user": self.per_user})
 
         from models.data import split_interactions
         from models.serving.trained import evaluate, in_catalogue
@@ -289,6 +288,9 @@ class Export:
             refuse_run_file("output", output, self.checkpoint)
 
         from models.serving import export
+
+        if self.output is not None:
+            refuse_same("embeddings", self.embeddings, {"output": output, "its ids": export.items_path(output)})
         from models.training.checkpoints import load_run
 
         run = load_run(self.checkpoint, self.which)

@@ -66,8 +66,8 @@ def k_core(
     }.items():
         if value < 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
-    if max(min_user_interactions, min_item_interactions) <= 1:
-        return interactions  # whoever has an interaction has one
+    if max(min_user_interactions, min_item_interactions) <= 1:  # whoever has an interaction has one
+        return _without_unused_items(interactions) if min_item_interactions else interactions
     users, items = interactions.users, interactions.items
     keep = np.ones(len(interactions), bool)
     rounds, left, before = 0, len(interactions), -1
@@ -81,6 +81,8 @@ def k_core(
             f"with {wanted}, nothing of {interactions} remains; lower min_user_interactions or min_item_interactions"
         )
     if left == len(interactions):
+        if min_item_interactions:
+            interactions = _without_unused_items(interactions)
         return interactions.with_notes(f"{wanted}: nothing had to be removed")
     kept = interactions.where(keep)
     kept = _without_unused_items(kept.of_users(kept.lengths > 0))

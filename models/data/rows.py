@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -266,8 +267,8 @@ def _same(text: str, value: str) -> bool:
     if text == value:
         return True
     try:
-        return float(text) == float(value)
-    except ValueError:
+        return Decimal(text) == Decimal(value)  # floats would take neighbours among long ids for the same
+    except InvalidOperation:
         return False
 
 

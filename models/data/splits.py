@@ -103,7 +103,7 @@ def cold_start(split: Split, share: float) -> Split:
 
     Returns:
       The split without those items in training and histories, and without users whose item to predict is another, or
-      whose history is empty then.
+      who have nothing left in training or in their history.
 
     Raises:
       ValueError: if nothing is left to train on, or none of those items is to be predicted.
@@ -112,21 +112,23 @@ def cold_start(split: Split, share: float) -> Split:
     count = max(1, round(share * num_items))
     cold = np.zeros(num_items + 1, bool)
     cold[1 + np.random.default_rng(COLD_SEED).permutation(num_items)[:count]] = True
+    train = split.train.where(~cold[split.train.items])
+    if not len(train):
+        raise ValueError(f"cold_items: nothing is left to train on; give a smaller share than {share:g}")
+    train = train.of_users(train.lengths > 0)
     parts = {}
     for name in ("validation", "test"):
         history, targets = getattr(split, f"{name}_history"), getattr(split, name)
         history = history.where(~cold[history.items])
-        kept = cold[targets] & (history.lengths > 0)
+        # Models with a table of users know those of the training part.
+        kept = cold[targets] & (history.lengths > 0) & np.isin(history.user_ids, train.user_ids)
         if not kept.any():
             raise ValueError(
                 f"cold_items: none of {count:,} cold items is anybody's {name} item; give a larger share than {share:g}"
             )
         parts |= {f"{name}_history": history.of_users(kept), name: targets[kept]}
-    train = split.train.where(~cold[split.train.items])
-    if not len(train):
-        raise ValueError(f"cold_items: nothing is left to train on; give a smaller share than {share:g}")
     protocol = f"{split.protocol}; {count:,} cold items without training interactions, and only they are predicted"
-    return Split(protocol=protocol, train=train.of_users(train.lengths > 0), **parts)
+    return Split(protocol=protocol, train=train, **parts)
 
 
 def global_time(

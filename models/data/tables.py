@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import tempfile
 import zlib
@@ -315,8 +316,8 @@ class _Parquet(Table):
             # What is a file stays one: polars then reads no more of it than it needs.
             self._file: Path | bytes = source.path if isinstance(file, io.BufferedReader) else file.read()
         try:
-            with _panics_unprinted():
-                self.columns = list(polars.read_parquet_schema(self._readable()))
+            with self._readable() as readable, _panics_unprinted():
+                self.columns = list(polars.read_parquet_schema(readable))
         except self._errors as error:
             raise self._damaged(error) from None
 
@@ -330,13 +331,14 @@ class _Parquet(Table):
         import polars
 
         try:
-            with _panics_unprinted():
-                return polars.read_parquet(self._readable(), columns=list(columns), n_rows=num_rows)
+            with self._readable() as readable, _panics_unprinted():
+                return polars.read_parquet(readable, columns=list(columns), n_rows=num_rows)
         except self._errors as error:
             raise self._damaged(error) from None
 
-    def _readable(self) -> Path | io.BytesIO:
-        return self._file if isinstance(self._file, Path) else io.BytesIO(self._file)
+    def _readable(self) -> BinaryIO:
+        # Open: in a path, polars would take brackets and asterisks for a pattern that other files may match.
+        return self._file.open("rb") if isinstance(self._file, Path) else io.BytesIO(self._file)
 
     def _damaged(self, error: BaseException) -> ValueError:
         return ValueError(f"{self.source} cannot be read as parquet ({_reason(error)}); get or write the file again")
@@ -418,6 +420,8 @@ def _json_column(source: Source, name: str, values: list[Any], lists: bool) -> "
     """JSON values as one column: integers, numbers, text if any is text, truth values, or lists of text if allowed."""
     import polars
 
+    # Whoever writes JSON from a table writes NaN where it has nothing.
+    values = [None if isinstance(value, float) and math.isnan(value) else value for value in values]
     kinds = {type(value) for value in values if value is not None}
     if kinds == {bool}:
         return polars.Series(name, values, dtype=polars.Boolean)
@@ -431,9 +435,15 @@ def _json_column(source: Source, name: str, values: list[Any], lists: bool) -> "
             raise ValueError(f"{source}, row {row}: {name!r} is {shortened(value)}; it must be a number or text")
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= sign <= "\udfff" for sign in value):
             raise ValueError(f"{source}, row {row}: {name!r} is {shortened(value)}, which lacks half of a character")
-    if str in kinds or any(isinstance(value, int) and abs(value) >= 2**63 for value in values):
-        return polars.Series(name, [None if v is None else str(v) for v in values], dtype=polars.String)
+    largest = max((abs(value) for value in values if isinstance(value, int)), default=0)
+    if str in kinds or largest >= 2**63 or (float in kinds and largest > 2**53):  # no float has all of their digits
+        return polars.Series(name, [None if value is None else _spelled(value) for value in values], polars.String)
     return polars.Series(name, values, dtype=polars.Float64 if float in kinds else polars.Int64)
+
+
+def _spelled(value: str | float) -> str:
+    """A JSON value as text: 5.0 is 5, as in other rows of the column it may stand without the point."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _regrouped(parts: "polars.Series", lengths: list[int | None]) -> "polars.Series":

@@ -10,6 +10,7 @@ import numpy as np
 
 from models.architectures.base import Recommender
 from models.data import Interactions
+from models.data.ids import id_lookup
 from models.feeds import Batch, PackedSequences, PairBatch, pack
 from models.mesh import split_batch
 
@@ -96,11 +97,10 @@ class UserQueries:
         Raises:
           ValueError: if the model does not know a user.
         """
-        number = {raw: user for user, raw in enumerate(user_ids.tolist())}
-        users = [number.get(raw, -1) for raw in history.user_ids.tolist()]
-        if -1 in users:
+        users = list(map(id_lookup(user_ids), history.user_ids.tolist()))
+        if None in users:
             raise ValueError(
-                f"user {history.user_ids[users.index(-1)]} is unknown to the model, which has a table of "
+                f"user {history.user_ids[users.index(None)]} is unknown to the model, which has a table of "
                 "the users that it was trained with; take a model of histories, such as sasrec"
             )
         return cls(jnp.asarray(users, jnp.int32), len(users))

@@ -22,6 +22,10 @@ import numpy as np
 from models.data import Interactions
 from models.mesh import take
 
+# Rows that fill no batch are padded, and shuffling spreads the padding: a batch of so few rows may consist of it. Its
+# step would still decay the weights, and its loss of zero would count.
+FEW_ROWS = 3
+
 
 class Batch(NamedTuple):
     """Rows of packed sequences.
@@ -180,7 +184,7 @@ def pack(
       interactions: the sequences.
       max_length: the longest sequence of inputs a model takes.
       batch_size: users in a batch, on average: an epoch has ``ceil(users / batch_size)`` batches, and rows are spread
-        evenly.
+        evenly. Batches of very few rows are fewer, so that none is empty.
       with_targets: whether every token needs a following item. If so, a user's newest item is a target only, and users
         with one item are left out; otherwise it is the last input, and its target is meaningless.
       count_targets: whether ``batch_size`` counts targets instead of users.
@@ -209,6 +213,9 @@ def pack(
     slot, step = _cut_rows(lengths, int(lengths[-1]))
     counted = int((lengths - contexts).sum()) if count_targets else len(users)
     num_batches = -(-counted // batch_size)
+    rows = -(-len(slot) // num_batches)
+    if rows <= FEW_ROWS:
+        num_batches = -(-len(slot) // rows)
     missing = -len(slot) % num_batches
     return PackedSequences(
         slot=jnp.asarray(np.pad(slot, ((0, missing), (0, 0)), constant_values=-1)),

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from models.checks import check_titles
 from models.files import make_folder
 
 # JAX, scipy and plotly are imported by run(), so that --help answers at once.
@@ -36,6 +37,7 @@ class Report:
         make_folder("output", self.output.parent)
         if self.output.is_dir():
             raise ValueError(f"output: {self.output} is a folder; give a file")
+        check_titles(self)
         titles = None
         if self.titles is not None:
             from models.data import read_titles

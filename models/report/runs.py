@@ -36,6 +36,7 @@ class ReportedRun:
       history: the records of its epochs.
       result: the outcome by the names of :class:`models.training.run.Result`; None: the run is not finished.
       remark: what an earlier version of the optimizer did, if the run is of one.
+      files: a digest of the files that its graph was made of; empty: there were none, or it is not known.
     """
 
     source: Path
@@ -47,6 +48,7 @@ class ReportedRun:
     history: Sequence[Mapping[str, Any]]
     result: Mapping[str, Any] | None
     remark: str = ""
+    files: str = ""
 
     @classmethod
     def from_folder(cls, directory: Path) -> Self:
@@ -63,7 +65,8 @@ class ReportedRun:
         if (directory / "result.json").exists():
             result = dataclasses.asdict(Result.read(directory / "result.json"))
         dataset = EMBEDDED if info.config.data is None else info.config.data.stem
-        return cls(directory, directory, dataset, info.data, info.config, info.optimizer, history, result)
+        run = directory, directory, dataset, info.data, info.config, info.optimizer
+        return cls(*run, history, result, files=info.graph)
 
     @classmethod
     def from_cell(cls, path: Path) -> Self:
@@ -97,9 +100,10 @@ class ReportedRun:
         return self.data, *split, config.model, self.loss
 
     @functools.cached_property
-    def identity(self) -> tuple[str, Optimizer, int, str]:
+    def identity(self) -> tuple[str, Optimizer, int, str, str]:
         """What runs that differ in the seed alone have in common."""
-        return identity_of(self.config, self.optimizer), self.optimizer, self.config.epochs, self.remark
+        files = "" if self.optimizer in PLAIN else self.files
+        return identity_of(self.config, self.optimizer), self.optimizer, self.config.epochs, self.remark, files
 
 
 Test = Callable[[ReportedRun], Mapping[str, float]]
@@ -247,12 +251,15 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
 def _runs_below(folder: Path) -> Iterable[ReportedRun]:
     if not folder.is_dir():
         raise ValueError(f"runs: {folder} is no folder; give what --output-dir or --results-dir was")
+    found: list[Path] = []
     for depth in range(DEPTH + 1):
         paths = sorted(path.parent for path in folder.glob("*/" * depth + "run.json"))
-        if paths:
-            return map(ReportedRun.from_folder, paths)
+        found += [path for path in paths if not any(above in found for above in path.parents)]  # a run's are its own
     cells = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
-    return [ReportedRun.from_cell(path) for path in cells if _is_cell(path)]
+    return [
+        *map(ReportedRun.from_folder, found),
+        *(ReportedRun.from_cell(path) for path in cells if path.parent not in found and _is_cell(path)),
+    ]
 
 
 def _is_cell(path: Path) -> bool:

@@ -282,7 +282,9 @@ def _identity(values: Mapping[str, Any], arm: str) -> str:
     kept = {name: x for name, x in values.items() if name not in (*ASIDE, *SOURCE, "seed")}
     if kept.get("schedule") == "constant":
         del kept["epochs"]
-    if arm in PLAIN or "beta" not in kept:
+    if "beta" not in kept:  # fitted in closed form: what there is of a graph is what it is made of
+        unheeded: tuple[str, ...] = ()
+    elif arm in PLAIN:
         unheeded = SMOOTHING
     elif kept["beta"] == 0 or (kept["num_layers"] == 0 and kept["smoothing"] == "neumann" and kept["rescale"]):
         # The identity, over whatever graph. Whether moments are corrected still counts.

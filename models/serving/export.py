@@ -49,6 +49,11 @@ def export_scores(run: LoadedRun) -> jax.export.Exported:
     return jax.export.export(jax.jit(scores), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, np.int32))
 
 
+def items_path(path: Path) -> Path:
+    """Where the raw ids of an export's items lie: beside it."""
+    return path.with_name(f"{path.name.removesuffix(SUFFIX)}.items.npz")
+
+
 def write_export(run: LoadedRun, path: Path) -> Path:
     """Writes a model's export, and the raw ids of its items beside it, each as a whole or not at all.
 
@@ -63,7 +68,7 @@ def write_export(run: LoadedRun, path: Path) -> Path:
     Raises:
       OSError: if a file cannot be written.
     """
-    items = path.with_name(f"{path.name.removesuffix(SUFFIX)}.items.npz")
+    items = items_path(path)
     data = export_scores(run).serialize()
     ids = ids_to_arrays(run.item_ids) | ({} if run.users is None else ids_to_arrays(run.users.ids, "user_ids"))
     write_bytes(items, lambda file: np.savez_compressed(file, **ids))

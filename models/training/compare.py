@@ -17,6 +17,9 @@ from models.training.run import Result, Run
 from models.training.time_to_quality import MEASURES, Course, TimeToQuality, time_to_quality
 from models.training.training_data import TrainingData
 
+# What a comparison writes beside its runs, the page by the command line.
+WRITTEN = ("compare.json", "compare.png", "report.html")
+
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
@@ -100,6 +103,8 @@ def compare(
         for seed in numbers:
             run = dataclasses.replace(config, seed=seed, optimizer=optimizer)
             Run(prepared, run, optimizer, output_dir / f"{optimizer}-{seed}").check(resume=resume, overwrite=overwrite)
+    for name in WRITTEN if overwrite else ():  # of the runs that are about to go
+        (output_dir / name).unlink(missing_ok=True)
     results: dict[str, list[Result]] = {}
     failures: dict[str, str] = {}
     for optimizer in optimizers:
@@ -144,7 +149,7 @@ def _check_folder(output_dir: Path, names: Sequence[str]) -> None:
 
     if any((output_dir / name / "run.json").exists() for name in names):
         return
-    for name in ("compare.json", "compare.png", "report.html"):
+    for name in WRITTEN:
         if (output_dir / name).exists():
             raise CheckpointError(
                 f"{output_dir} holds {name}, but none of the runs {', '.join(names[:3])} …; give another --output-dir"
@@ -250,18 +255,21 @@ def paired_gain(runs: Sequence[Result], base: Sequence[Result], metric: str) -> 
 def table(results: dict[str, list[Result]]) -> str:
     """Test metrics, one optimizer a line, with the gain in NDCG@10 over the first.
 
-    With several seeds, metrics are mean ± standard deviation, and ``p`` belongs to a paired t-test on NDCG@10. An
-    optimizer that has diverged with every seed has no figures.
+    With several seeds, metrics are mean ± standard deviation, and ``p`` belongs to a paired t-test on NDCG@10. Where
+    the test lists have other lengths, NDCG at the last of them stands in. An optimizer that has diverged with every
+    seed has no figures.
     """
     base, seeds = next(iter(results)), max(map(len, results.values()))
     first = next(run for runs in results.values() for run in runs)
     names = [name for name in first.test if name.startswith(("HR", "NDCG"))]
-    lines = [["optimizer", *names, "gain", *(["p"] if seeds > 1 else []), "best epoch", "s/epoch"]]
+    compared = SELECTION if SELECTION in names else [name for name in names if name.startswith("NDCG")][-1]
+    gained = "gain" if compared == SELECTION else f"gain in {compared}"
+    lines = [["optimizer", *names, gained, *(["p"] if seeds > 1 else []), "best epoch", "s/epoch"]]
     for optimizer, runs in results.items():
         if not runs:
             lines.append([optimizer, "diverged", *[""] * (len(lines[0]) - 2)])
             continue
-        found = None if optimizer == base else paired_gain(runs, results[base], SELECTION)
+        found = None if optimizer == base else paired_gain(runs, results[base], compared)
         line = [optimizer]
         for name in names:
             values = [run.test[name] for run in runs]
@@ -271,7 +279,8 @@ def table(results: dict[str, list[Result]]) -> str:
         if seeds > 1:
             line.append("" if found is None or found.p_value is None else f"{found.p_value:.2g}")
         line.append(", ".join(str(run.best_epoch) for run in runs))
-        lines.append([*line, f"{statistics.median(run.epoch_seconds for run in runs):.2f}"])
+        seconds = statistics.median(run.epoch_seconds / run.seeds_together for run in runs)  # those of one seed
+        lines.append([*line, f"{seconds:.2f}"])
     sides = ["left"] + ["right"] * (len(lines[0]) - 1)
     return tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=sides)
 

@@ -1,14 +1,23 @@
 """The files of a training run: which there are, and how they are read."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.config import SELECTION
 from models.files import make_folder, write_bytes, write_json, write_text
 
-__all__ = ["curve", "make_folder", "read_history", "refuse_run_file", "write_bytes", "write_json", "write_text"]
+__all__ = [
+    "curve",
+    "make_folder",
+    "read_history",
+    "refuse_run_file",
+    "refuse_same",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 # Where a run keeps the item tables that it was asked for.
 EMBEDDINGS = "embeddings"
@@ -46,6 +55,22 @@ def refuse_run_file(option: str, path: Path | None, directory: Path) -> None:
     inside = any(path.resolve().is_relative_to(folder) for folder in folders)
     if inside or any(_is_same(path, directory / name) for name in RUN_FILES):
         raise ValueError(f"{option}: {path} is a file of the run in {directory}; give another file")
+
+
+def refuse_same(option: str, path: Path | None, others: Mapping[str, Path | None]) -> None:
+    """Refuses an output that would replace a file which is read, or another output.
+
+    Args:
+      option: what names the output.
+      path: the output; None: there is none.
+      others: the other files by the options that name them; None: there is none.
+
+    Raises:
+      ValueError: if two are the same file, under whatever names.
+    """
+    for name, other in others.items():
+        if path is not None and other is not None and _is_same(path, other):
+            raise ValueError(f"{option}: {path} is the file of {name} as well; give another file")
 
 
 def _is_same(path: Path, other: Path) -> bool:

@@ -248,8 +248,9 @@ class _MLflow:
         from mlflow.entities import Metric
 
         now = round(1000 * time.time())
-        # A name may not hold @.
-        metrics = [Metric(name.replace("@", "_at_"), value, now, step) for name, value in values.items()]
+        # A name may hold no other signs, and of diagnostics holds a + for tables that are smoothed together.
+        names = {name: re.sub(r"[^\w.\- :/]", "_", name.replace("@", "_at_")) for name in values}
+        metrics = [Metric(names[name], value, now, step) for name, value in values.items()]
         self._client.log_batch(self.id, metrics=metrics)
 
     def close(self, status: Status) -> None:

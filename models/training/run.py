@@ -340,7 +340,7 @@ class Run:
             append_text(self.directory / "history.jsonl", json.dumps(record) + "\n")
         if self._loggers is not None:
             scalars = {"loss": record["loss"], "tokens per second": record["tokens_per_second"]}
-            scalars |= {f"validation/{name}": value for name, value in record.get("validation", {}).items()}
+            scalars |= _validation_scalars(record)
             self._loggers.scalars(record["epoch"], scalars | record.get("diagnostics", {}))
 
     def replace_last_record(self, record: dict[str, Any]) -> None:
@@ -349,6 +349,8 @@ class Run:
         self.saved = 0
         if self._writes:
             self._write_history()
+        if self._loggers is not None:
+            self._loggers.scalars(record["epoch"], _validation_scalars(record))
 
     def consider(self, score: float, epoch: int, params: Any) -> None:
         """Keeps the parameters after an epoch if their score is the best so far."""
@@ -434,6 +436,10 @@ class Run:
         users, items = split.test_history.user_ids, self.prepared.interactions.item_ids[split.test]
         frame = polars.DataFrame({"user": users, "item": items, "rank": ranks + 1})
         write_text(self.directory / "per_user.csv", frame.write_csv())
+
+
+def _validation_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    return {f"validation/{name}": value for name, value in record.get("validation", {}).items()}
 
 
 def _remove_scalars(folder: Path) -> None:

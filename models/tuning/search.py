@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from models.config import SELECTION, TrainConfig
 from models.files import LOCK, claim, read_json, write_json, write_text
 from models.memory import OutOfMemoryError
@@ -30,6 +28,7 @@ from models.training.checkpoints import MAY_DIFFER, fingerprint, is_run
 from models.training.files import curve, read_history
 from models.training.interrupts import StoppedError
 from models.tuning.space import Space
+from models.validation import dump_yaml
 
 if TYPE_CHECKING:
     import optuna
@@ -321,7 +320,7 @@ class _Search:
                 f"# Trial {best.number} of {len(self.outcomes)}: validation {SELECTION} {best.value:.4f}.\n"
                 f"# Searched: {' '.join(self.space.describe())}\n"
             )
-            write_text(self.output_dir / BEST, heading + yaml.safe_dump(settings, sort_keys=False))
+            write_text(self.output_dir / BEST, heading + dump_yaml(settings))
 
     def write_trials(self) -> None:
         """Writes ``trials.json``: what is searched, and all trials so far."""

@@ -35,7 +35,7 @@ FIXED = (
     *(field.name for field in dataclasses.fields(SourceConfig)),
     *("model", "epochs", "eval_every", "patience", "ks", "exclude_seen", "seed"),
     *("per_user", "diagnostics", "keep_epochs", "logger"),
-    *("graph_weights", "attributes", "attribute_item_column", "attribute_column"),
+    *("graph_weights", "vectors", "attributes", "attribute_item_column", "attribute_column"),
 )
 
 

@@ -178,6 +178,19 @@ class TestPack:
         assert packed.num_tokens == sum(map(len, expected.values()))
         assert packed.num_batches == -(-60 // 13)
 
+    @pytest.mark.parametrize("batch_size", [1, 3, 5])
+    def test_no_batch_is_empty(self, batch_size):
+        rng = np.random.default_rng(0)
+        lengths = [30, *rng.integers(2, 8, size=70)]
+        packed = pack(
+            Interactions.from_sequences([rng.integers(1, 9, size=n) for n in lengths]),
+            max_length=30,
+            batch_size=batch_size,
+        )
+        for seed in range(5):
+            slots = np.asarray(packed.shuffle(jax.random.key(seed)).slot).reshape(packed.num_batches, -1)
+            assert (slots.max(axis=1) >= 0).all()
+
     def test_shuffle_changes_company_and_order(self, interactions):
         packed = pack(interactions, max_length=7, batch_size=13)
         companies = []

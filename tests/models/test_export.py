@@ -124,6 +124,9 @@ def test_command(exported, capsys):
     assert known.tolist() == [False] + [True] * 40
     assert main(["export", "--checkpoint", str(directory), "--embeddings", str(directory / "items.npz")]) == 2
     assert "is a file of the run in" in capsys.readouterr().err
+    clash = ["--output", str(vectors.with_name("m")), "--embeddings", str(vectors.with_name("m.items.npz"))]
+    assert main(["export", "--checkpoint", str(directory), *clash]) == 2
+    assert "is the file of its ids as well" in capsys.readouterr().err
 
     assert main(["export", "--checkpoint", str(directory), "--which", "last", "--output", str(path)]) == 0
     assert f"epoch 2: wrote {path}" in capsys.readouterr().out

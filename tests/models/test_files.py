@@ -11,7 +11,7 @@ import pytest
 
 from models import plots
 from models.files import append_text, claim, read_json, write_bytes, write_json, write_text, writing
-from models.training.files import read_history, refuse_run_file
+from models.training.files import read_history, refuse_run_file, refuse_same
 
 
 @contextlib.contextmanager
@@ -197,6 +197,17 @@ def test_a_history(tmp_path):
         path.write_text(lines[0] + "\n" + second + "\n" + lines[2])
         with pytest.raises(ValueError, match=r"history\.jsonl is damaged: its line 2 is no record of epoch 2"):
             read_history(path)
+
+
+def test_files_that_are_read_and_other_outputs_are_no_outputs(tmp_path):
+    read, link, new = tmp_path / "read.csv", tmp_path / "link.csv", tmp_path / "new.csv"
+    read.write_text("mine")
+    link.symlink_to(read)
+    for path, other in ((read, read), (link, read), (new, tmp_path / "." / "new.csv")):
+        with pytest.raises(ValueError, match=r"output: .* is the file of data as well; give another file"):
+            refuse_same("output", path, {"titles": None, "data": other})
+    refuse_same("output", new, {"data": read})
+    refuse_same("output", None, {"data": read})
 
 
 @pytest.mark.parametrize("name", ["items.npz", "run.json", "result.json", "checkpoints/9.npz", "tensorboard/new"])

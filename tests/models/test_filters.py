@@ -96,10 +96,13 @@ class TestKCore:
         assert found.item_ids.tolist() == [0, 1, 4]
         assert found.user_ids.tolist() == [3, 4, 5]
 
-    def test_ids_stay_if_nothing_goes(self):
+    def test_items_that_never_occur_have_fewer(self):
         data = Interactions.from_sequences([[1, 5], [5, 1]])
+        assert k_core(data, min_item_interactions=1).item_ids.tolist() == [0, 1, 5]
+        assert k_core(data, min_user_interactions=2).num_items == 5
         found = k_core(data, min_user_interactions=2, min_item_interactions=2)
-        assert found.num_items == 5
+        assert found.item_ids.tolist() == [0, 1, 5]
+        assert [list(s) for s in found] == [[1, 2], [2, 1]]
         assert found.notes == ("at least 2 interactions a user and 2 an item: nothing had to be removed",)
         assert k_core(data) is data
 

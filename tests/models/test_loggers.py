@@ -210,3 +210,7 @@ class TestWithoutNetwork:
         (tmp_path / "run" / "loggers.json").write_text('{"mlflow": "of another store"}')
         train(prepared, tmp_path / "run", "mlflow", epochs=6, resume=True)
         assert client.get_run(self.known(tmp_path / "run", "mlflow")).data.metrics["loss"] > 0
+        logger = loggers.MAKE["mlflow"](tmp_path / "run", 1, known)
+        logger.start({})
+        logger.scalars(9, {"users+items/raw update": 0.5})  # a name of diagnostics, with a sign that MLflow refuses
+        assert client.get_run(known).data.metrics["users_items/raw update"] == 0.5

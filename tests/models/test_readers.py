@@ -291,11 +291,28 @@ class TestIds:
         assert data.item_ids[1:].tolist() == found
 
     @pytest.mark.parametrize(
-        ("ids", "found"), [(["7", 10], ["10", "7"]), ([7, 10], [7, 10]), ([7, 2**70], [str(2**70), "7"])]
+        ("ids", "found"),
+        [
+            (["7", 10], ["10", "7"]),
+            ([7, 10], [7, 10]),
+            ([7, 2**70], [str(2**70), "7"]),
+            (["x", 5, 5.0], ["5", "x"]),
+            ([2**53 + 1, 2**53, 7.0], ["7", str(2**53), str(2**53 + 1)]),
+        ],
     )
     def test_types_of_json(self, tmp_path, ids, found):
         lines = "".join(json.dumps({"user": 1, "item": i}) + "\n" for i in ids)
         assert load(write(tmp_path / "a.json", lines)).item_ids[1:].tolist() == found
+
+    def test_json_that_has_nan_for_what_it_lacks(self, tmp_path):
+        path = write(tmp_path / "a.json", '{"user": NaN, "item": 3}\n{"user": "u", "item": 5}\n')
+        with pytest.raises(ValueError, match=r"row 1 .*, column 'user': the user id is missing"):
+            load(path)
+
+    def test_signs_of_patterns_in_the_name_of_a_parquet_file(self, tmp_path):
+        write_parquet(tmp_path / "a1.parquet", user=[1], item=[2])
+        path = write_parquet(tmp_path / "a[1].parquet", user=[1], item=[3])
+        assert load(path).item_ids.tolist() == [0, 3]
 
     def test_json_that_leaves_out_what_it_lacks(self, tmp_path):
         lines = '{"user": 1, "item": 3}\n{"user": 1, "item": 5, "timestamp": 2}\n'
@@ -818,6 +835,11 @@ class TestChoosingRows:
     )
     def test_rows_that_stay(self, path, options, kept):
         assert as_raw(load(path, **options)) == expected([self.EVENTS[row] for row in kept])
+
+    def test_neighbours_among_long_ids_are_told_apart(self, tmp_path):
+        shops = [2**53, 2**53 + 1]
+        path = write_parquet(tmp_path / "a.parquet", user=[1, 1], item=[2, 3], shop=shops)
+        assert load(path, where=[f"shop={shops[1]}"]).item_ids.tolist() == [0, 3]
 
     def test_what_is_left_out_is_told(self, path):
         data = load(path, where=["event=purchase", "event=view"], min_rating=3)

@@ -120,6 +120,26 @@ class TestRuns:
             ("sevo-gradient", 1, 0),
         ]
 
+    def test_runs_at_several_depths_and_cells_beside_them(self, tmp_path, data):
+        write_run(tmp_path / "train", "adamw", 0, data=str(data))
+        write_run(tmp_path / "compare" / "adamw-1", "adamw", 1, data=str(data))
+        write_run(
+            tmp_path / "train" / "checkpoints" / "copy", "adamw", 2, data=str(data)
+        )  # a run's own, whatever it is
+        shutil.copy(RESULTS / "table-3" / "beauty-sasrec-bce-adamw-seed0.json", tmp_path)
+        found = [run.seed for group in read_groups([tmp_path]) for arm in group.arms for run in arm.runs]
+        assert found == [0, 1, 0]
+
+    def test_runs_over_other_files_are_no_seeds_of_one_another(self, tmp_path, data):
+        for name in ("text", "image"):
+            vectors = tmp_path / name / "items.npz"
+            vectors.parent.mkdir()
+            np.savez(vectors, item_ids=np.array([name]))
+            folder = tmp_path / name / "run"
+            write_run(folder, "sevo-adamw", 0, graph=("knn",), vectors=str(vectors), data=str(data))
+        (group,) = read_groups([tmp_path])
+        assert len(group.arms) == 2
+
     def test_a_run_that_is_named_twice_counts_once(self, comparison):
         (group,) = read_groups([comparison / "adamw-0", comparison.parent, comparison])
         assert sum(len(arm.runs) for arm in group.arms) == 5

@@ -73,6 +73,15 @@ class TestColdStart:
             assert len(after) > 5
         assert as_dict(split.train) == {u: [x for x in row if x not in cold] for u, row in as_dict(whole.train).items()}
 
+    def test_only_users_of_the_training_part_are_asked(self):
+        rng = np.random.default_rng(0)
+        data = Interactions.from_sequences([rng.permutation(20)[:3] + 1 for _ in range(200)], num_items=20)
+        split = cold_start(leave_one_out(data), 0.25)
+        known = set(split.train.user_ids.tolist())
+        assert len(known) < 200  # the only item of the others is cold
+        for history in (split.validation_history, split.test_history):
+            assert set(history.user_ids.tolist()) <= known
+
     def test_the_same_items_in_every_run_on_a_catalogue(self):
         (_, one), (_, other) = self.split(seed=1), self.split(seed=2)
         assert set(one.train.items.tolist()) == set(other.train.items.tolist())

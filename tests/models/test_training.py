@@ -171,6 +171,11 @@ def test_compare(prepared, tmp_path):
     gain = results["sevo-gradient"][0].test["NDCG@10"] / results["adamw"][0].test["NDCG@10"] - 1
     assert f"{gain:+.1%}" in lines[3]
     assert "±" not in lines[1]
+    other = {
+        name: [dataclasses.replace(run, test={"HR@5": 0.5, "NDCG@5": run.test["NDCG@5"]}) for run in runs]
+        for name, runs in results.items()
+    }
+    assert compare.table(other).splitlines()[0].split()[:6] == ["optimizer", "HR@5", "NDCG@5", "gain", "in", "NDCG@5"]
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     report = json.loads((tmp_path / "compare.json").read_text())
     assert report["optimizers"]["sevo-gradient"]["test"]["NDCG@10"] == {

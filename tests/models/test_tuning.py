@@ -86,6 +86,7 @@ class TestSpace:
             (["rescale=yes,no"], {}, "rescale must be among true, false, got 'yes'"),
             (["epochs=1:9"], {}, "'epochs=1:9' names no option that may be searched; those are .*, beta,"),
             (["data=a,b"], {}, "names no option that may be searched"),
+            (["vectors=a.npz,b.npz"], {}, "names no option that may be searched"),
             (["clip-norm"], {}, "clip_norm has no usual range"),
             (["beta", "beta=0.1,0.2"], {}, "search must name each option once, got beta beta"),
             (["beta"], {"optimizer": "adamw"}, r"beta makes no difference with these options \(optimizer adamw\)"),
