@@ -69,3 +69,4 @@ def test_the_example_of_a_new_model_runs(tmp_path, monkeypatch, capsys):
     assert main(["recommend", "--checkpoint", out, "--history", "3", "5", "--k", "2"]) == 0
     assert len(capsys.readouterr().out.splitlines()[-3:]) == 3
     assert main(["train", "--model", "fading-mean", "--num-blocks", "1"]) == 2
+    assert "unknown option '--num-blocks'" in capsys.readouterr().err

@@ -83,11 +83,15 @@ def test_a_resumed_run_ends_bit_by_bit_as_an_uninterrupted_one(prepared, tmp_pat
         with pytest.raises(RuntimeError):
             loop.train(prepared, CONFIG, optimizer, tmp_path / "broken")
     assert Checkpoints(tmp_path / "broken").epochs() == [2, 4]
+    kept = read_history(tmp_path / "broken" / "history.jsonl", 4)
     resumed = loop.train(prepared, CONFIG, optimizer, tmp_path / "broken", resume=True)
     assert_same(leaves(tmp_path / "whole", 6), leaves(tmp_path / "broken", 6))
     assert resumed.losses == whole.losses
     assert (resumed.best_epoch, resumed.test) == (whole.best_epoch, whole.test)
-    assert [record["epoch"] for record in read_history(tmp_path / "broken" / "history.jsonl")] == [1, 2, 3, 4, 5, 6]
+    history = read_history(tmp_path / "broken" / "history.jsonl")
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4, 5, 6]
+    # A run that started anew would end in the same way, but how long epochs took is never the same twice.
+    assert history[:4] == kept
 
 
 def test_the_graph_is_not_saved(prepared, tmp_path):
@@ -107,10 +111,12 @@ def test_a_finished_run_is_not_trained_again(prepared, tmp_path, toy, monkeypatc
 
 def test_more_epochs_go_on_from_a_finished_run(prepared, tmp_path, toy):
     loop.train(prepared, dataclasses.replace(CONFIG, epochs=4), "sevo-adamw", tmp_path / "longer")
+    kept = read_history(tmp_path / "longer" / "history.jsonl")
     longer = loop.train(prepared, CONFIG, "sevo-adamw", tmp_path / "longer", resume=True)
     whole = loop.train(prepared, CONFIG, "sevo-adamw", tmp_path / "whole")
     assert longer.losses == whole.losses
     assert longer.test == whole.test
+    assert read_history(tmp_path / "longer" / "history.jsonl", 4) == kept
 
 
 def test_a_run_is_neither_replaced_nor_mixed_up(prepared, tmp_path, toy):
@@ -178,6 +184,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_taken(prepared, finis
         (tmp_path / "result.json").unlink()
         assert loop.train(prepared, CONFIG, "sevo-adamw", tmp_path, resume=True).losses == whole.losses
         assert_same(expected, leaves(tmp_path, 6))
+        kept, history = (read_history(path / "history.jsonl") for path in (folder, tmp_path))
+        assert history[:4] == kept[:4]
+        assert history[4:] != kept[4:]
 
     for epoch in (4, 6):
         (tmp_path / "checkpoints" / str(epoch) / "note" / "metadata").write_bytes(b"{")
@@ -252,11 +261,13 @@ def test_seeds_side_by_side_are_runs_of_their_own(prepared, tmp_path, monkeypatc
         stop_after(patch, 3)
         with pytest.raises(RuntimeError):
             loop.train_seeds(prepared, config, "sevo-adamw", [1, 2], folders)
+    kept = [read_history(folder / "history.jsonl", 2) for folder in folders]
     together = loop.train_seeds(prepared, config, "sevo-adamw", [1, 2], folders, resume=True)
     for one, two in zip(alone, together, strict=True):
         np.testing.assert_allclose(two.losses, one.losses, rtol=1e-3)
         assert two.config == one.config
     assert together[0].losses != together[1].losses
+    assert [read_history(folder / "history.jsonl", 2) for folder in folders] == kept
     for seed in (1, 2):
         found, wanted = (leaves(tmp_path / f"{name}-{seed}", 4) for name in ("together", "alone"))
         assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in wanted.items()}
@@ -282,8 +293,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(prepared, tmp_
         with pytest.raises(CheckpointError, match=r"epoch 4 cannot be written to .*the one of epoch 2 is kept"):
             loop.train(prepared, CONFIG, "adamw", tmp_path)
     assert Checkpoints(tmp_path).epochs() == [2]
+    kept = read_history(tmp_path / "history.jsonl", 2)
     resumed = loop.train(prepared, CONFIG, "adamw", tmp_path, resume=True)
     assert resumed.losses == loop.train(prepared, CONFIG, "adamw").losses
+    assert read_history(tmp_path / "history.jsonl", 2) == kept
 
 
 def test_divergence_keeps_the_last_good_checkpoint(prepared, tmp_path, toy, monkeypatch):
@@ -354,12 +367,15 @@ def test_killed_at_a_random_moment_and_resumed(tmp_path, data_file, monkeypatch)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it finished before it was killed"
+    saved = max(Checkpoints(tmp_path / "killed").epochs(), default=0)
+    kept = read_history(tmp_path / "killed" / "history.jsonl", saved)
     finish(start_training(tmp_path / "killed", data_file, 60, "--resume"))
     for epoch in (58, 60):
         assert_same(leaves(tmp_path / "whole", epoch), leaves(tmp_path / "killed", epoch))
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")]
     assert results[0]["test"] == results[1]["test"]
     assert results[0]["losses"] == results[1]["losses"]
+    assert read_history(tmp_path / "killed" / "history.jsonl", saved) == kept  # it went on from there
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -341,7 +341,8 @@ def test_help_explains_every_field(capsys):
     kind = model_class(DEFAULT).config_class
     sources = "".join(inspect.getsource(inspect.getmodule(base)) for base in kind.__mro__[:-1])
     for field in dataclasses.fields(kind):
-        assert f"--{field.name.replace('_', '-')}" in printed
+        name = field.name.replace("_", "-")
+        assert re.search(rf"--{name}(?![\w-])", printed), name  # --b1 is no part of another option's name
         pattern = rf'    {field.name}: .*\n(    [^ ].*\n)*    """[A-Za-z]'
         assert re.search(pattern, sources), f"{field.name} is not explained"
 
@@ -423,7 +424,7 @@ def test_graph_of_vectors(data, tmp_path, capsys):
         ("item_id\tgenres\n1\tDrama\n", ["--attribute-column", "mood"], "has no column 'mood'; it has item_id, genres"),
         ("item_id\tgenres\nx\tDrama\n", [], "is among the items of"),
         ("item_id\tgenres\n1\t\n", [], "no item of"),
-        ("item_id\tgenres\n99\tDrama\n", [], "99"),
+        ("item_id\tgenres\n99\tDrama\n", [], "the first is 99, those look like"),
         ("", [], "items.tsv is empty"),
         (None, [], "does not exist"),
     ],

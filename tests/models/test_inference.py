@@ -390,7 +390,7 @@ def test_evaluate_gives_what_training_gave(trained, tmp_path, capsys):
     table = lines[lines.index("by popularity: training interactions of the item to find") + 1 :]
     assert table[0].split()[:4] == ["popularity", "users", "HR@1", "HR@5"]
     assert table[1].split() == ["never", "seen", "0", "none"]
-    some = result.groups["popularity"]["5-19"]
+    some = dict(result.groups["popularity"]["5-19"])
     assert table[3].split() == ["5-19", str(some.pop("users")), *(f"{x:.4f}" for x in some.values())]
     assert "by length: items in the user's history" in lines
     assert report["protocol"] == result.protocol

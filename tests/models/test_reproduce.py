@@ -460,7 +460,11 @@ def one_row(folder):
 def test_real_training(folder, one_row):
     """A cell holds what training alone gives, also after it was trained in two parts."""
     reproduce(seeds=1, epochs=1, arms=("sevo-adamw",))
+    (parts,) = Path("runs").rglob("history.jsonl")
+    kept = read_history(parts)
     reproduce(seeds=1, arms=("sevo-adamw",))
+    # A run that started anew would end in the same way, but how long epochs took is never the same twice.
+    assert read_history(parts)[:1] == kept
     group = load_table("tiny.yaml").rows[0].groups[1]
     config = group.config(data="tiny.txt")
     direct = loop.train(make_training_data(load_interactions(config), config), config, "sevo-adamw", folder / "direct")
@@ -481,8 +485,10 @@ def test_real_training(folder, one_row):
     assert set(cell.versions) == {"jax", "flax", "optax", "sevo_optax"}
 
 
-def test_workers_share_the_cells(one_row):
+def test_workers_share_the_cells(one_row, capfd):
     reproduce(workers=2, arms=("sevo-adamw",))
+    begun = [line for line in capfd.readouterr().out.splitlines() if line.startswith("tiny: ")]
+    assert sorted(begun) == [f"tiny: tiny-sasrec-bce-sevo-adamw, seed {seed}" for seed in (0, 1)]
     assert cells() == ["tiny-sasrec-bce-sevo-adamw-seed0", "tiny-sasrec-bce-sevo-adamw-seed1"]
 
 

@@ -20,6 +20,7 @@ from models.data import Interactions, drifting_interests, load_interactions, spl
 from models.files import LOCK, claim
 from models.training import checkpoints, compare, loop, run
 from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo, fingerprint, load_run
+from models.training.files import read_history
 from models.training.interrupts import stop_gently
 from models.training.overlap import overlap_note
 from models.training.training_data import make_training_data
@@ -196,11 +197,12 @@ class TestResuming:
         assert contents(trained) == before
 
     def test_a_copy_of_a_run_goes_on(self, prepared, trained, tmp_path):
-        shutil.copytree(trained, tmp_path / "copy")
-        assert (
-            train(prepared, tmp_path / "copy", resume=True, epochs=8).losses
-            == train(prepared, trained, resume=True, epochs=8).losses
-        )
+        kept = read_history(trained / "history.jsonl")
+        folders = [trained, shutil.copytree(trained, tmp_path / "copy")]
+        one, other = (train(prepared, folder, resume=True, epochs=8) for folder in folders)
+        assert one.losses == other.losses
+        # Runs that started anew would end in the same way, but how long epochs took is never the same twice.
+        assert [read_history(folder / "history.jsonl", 6) for folder in folders] == [kept, kept]
 
 
 class TestFingerprint:
@@ -234,8 +236,10 @@ class TestFingerprint:
         whole = loop.train(prepared, dataclasses.replace(config, epochs=8), "adamw", tmp_path / "whole")
         loop.train(prepared, config, "adamw", tmp_path / "old")
         as_of_old(tmp_path / "old", data=fingerprint(data))
+        kept = read_history(tmp_path / "old" / "history.jsonl")
         resumed = loop.train(prepared, dataclasses.replace(config, epochs=8), "adamw", tmp_path / "old", resume=True)
         assert resumed.losses == whole.losses
+        assert read_history(tmp_path / "old" / "history.jsonl", 6) == kept
         assert RunInfo.read(tmp_path / "old") == RunInfo.read(tmp_path / "whole")
 
 

@@ -217,7 +217,7 @@ def test_diverging_in_the_very_last_step_is_noticed(prepared, tmp_path, monkeypa
         assert len(Result.read(tmp_path / "seed-2" / "result.json").losses) == 6
 
 
-def test_an_interrupted_epoch_that_becomes_the_last_is_evaluated(prepared, tmp_path, monkeypatch):
+def test_an_interrupted_epoch_that_becomes_the_last_is_evaluated(prepared, tmp_path, monkeypatch, trained):
     """Saved after epoch 3, between two evaluations, and asked for no more than these three."""
     whole = loop.train(prepared, dataclasses.replace(CONFIG, epochs=3), "adamw", tmp_path / "whole")
 
@@ -231,7 +231,9 @@ def test_an_interrupted_epoch_that_becomes_the_last_is_evaluated(prepared, tmp_p
         patch.setattr(loop, "Progress", Interrupted)
         with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 3"):
             loop.train(prepared, CONFIG, "adamw", tmp_path / "run")
+    trained.clear()
     resumed = loop.train(prepared, dataclasses.replace(CONFIG, epochs=3), "adamw", tmp_path / "run", resume=True)
+    assert trained == []
     assert (resumed.losses, resumed.test, resumed.best_epoch) == (whole.losses, whole.test, whole.best_epoch)
     assert "validation" in read_history(tmp_path / "run" / "history.jsonl")[2]
     found, wanted = (Checkpoints(tmp_path / name).load(3) for name in ("run", "whole"))

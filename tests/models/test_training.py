@@ -101,6 +101,7 @@ def test_the_best_epoch_is_tested(prepared, tmp_path):
     assert [record["loss"] for record in history] == result.losses
     scores = {r["epoch"]: r["validation"]["NDCG@10"] for r in history if "validation" in r}
     assert result.best_epoch == max(scores, key=scores.__getitem__)
+    assert result.best_epoch < CONFIG.epochs  # or testing the last one would be the same
     assert result.validation["NDCG@10"] == scores[result.best_epoch]
 
     # Training again and stopping there ends with the parameters that were tested.
@@ -209,6 +210,7 @@ def test_compare_several_seeds(prepared, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # as on a GPU
         patch.setattr(compare, "seeds_at_once", lambda count: count)
         together = compare.compare(prepared, config, tmp_path / "together", optimizers=("sevo-gradient",), seeds=2)
+    assert [run.seeds_together for run in together["sevo-gradient"]] == [2, 2]
     for one, two in zip(results["sevo-gradient"], together["sevo-gradient"], strict=True):
         np.testing.assert_allclose(two.losses, one.losses, rtol=1e-3)
 

@@ -265,12 +265,6 @@ def custom_calls(lowered):
     return sorted(set(re.findall(r"custom_call @(\w+)", lowered.as_text())))
 
 
-def constants(text):
-    """The number of elements of each constant of a lowered program."""
-    shapes = re.findall(r"stablehlo\.constant dense.*?: tensor<((?:\d+x)*)\w+>", text)
-    return [int(np.prod([int(n) for n in shape.split("x") if n])) for shape in shapes]
-
-
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_graph_is_no_constant_of_the_program(platform):
     weights, table = big()

@@ -23,6 +23,7 @@ from models.serving.export import PLATFORMS, export_scores
 from models.serving.trained import TrainedModel
 from models.training import loop
 from models.training.checkpoints import Checkpoints, load_run
+from models.training.files import read_history
 from models.training.training_data import make_training_data
 
 # In these tests the negative of a query depends on its user alone, so that it is the same however users are batched.
@@ -170,7 +171,7 @@ def check_vmap(make_model, batch):
 
 
 def check_independence(model, max_length):
-    """No query depends on what follows in its segment, or on other segments of its row."""
+    """A query does not depend on what follows in its segment, and does on its newest item."""
     first = encode(model, alone([3, 1, 4, 1, 5], max_length))
     second = encode(model, alone([3, 1, 4, 9, 2], max_length))
     np.testing.assert_array_equal(first[0, :3], second[0, :3])
@@ -220,12 +221,14 @@ def check_presets(name, columns):
 def check_resuming(result, prepared, config, whole, epoch, directory):
     """A run that had saved no later epoch than this one when it was killed ends, resumed, as it did bit by bit.
 
+    It goes on from there: one that started anew would end in the same way.
+
     Args:
       result: what the whole run gave.
       prepared: what it was trained on.
       config: its settings.
       whole: its folder.
-      epoch: the last one that is saved; 0: none is.
+      epoch: the last one that is saved.
       directory: where a copy of the folder goes on.
     """
     shutil.copytree(whole, directory)
@@ -234,9 +237,11 @@ def check_resuming(result, prepared, config, whole, epoch, directory):
     for later in checkpoints.epochs():
         if later > epoch:
             shutil.rmtree(directory / "checkpoints" / str(later))
-    assert checkpoints.epochs()[-1:] == ([epoch] if epoch else [])
+    assert checkpoints.epochs()[-1] == epoch
+    kept = read_history(whole / "history.jsonl", epoch)
     resumed = loop.train(prepared, config, config.optimizer, directory, resume=True)
     assert (resumed.losses, resumed.test) == (result.losses, result.test)
+    assert read_history(directory / "history.jsonl", epoch) == kept  # how long epochs took is never the same twice
     first, second = (Checkpoints(one).load(config.epochs).leaves for one in (whole, directory))
     assert first.keys() == second.keys()
     for name in first:

@@ -38,13 +38,13 @@ KEY = jax.random.key(3)
 
 
 class Fixed:
-    """Draws what it is told to draw."""
+    """Draws what it is told to draw, and no item for other users."""
 
     num_items = 7
 
     def sample(self, key, users):
-        assert users.tolist() == USERS if not isinstance(users, jax.core.Tracer) else True
-        return jnp.array(NEGATIVES)
+        # No assertion: where the loss is compiled, users have no values yet.
+        return jnp.where((users == jnp.array(USERS)).all(), jnp.array(NEGATIVES), 0)
 
 
 def build(kind=MFBPR, **options):

@@ -51,7 +51,7 @@ def trained(request, tmp_path_factory):
 
 
 def test_a_resumed_run_ends_bit_by_bit_as_an_uninterrupted_one(trained, tmp_path):
-    epoch = 2 if trained.config.epochs == 4 else 0  # closed forms have one
+    epoch = 2 if trained.config.epochs == 4 else 1  # closed forms have one: what is left is to test it
     checks.check_resuming(
         trained.result, trained.prepared, trained.config, trained.directory, epoch, tmp_path / "broken"
     )
