@@ -45,10 +45,10 @@ def prepared():
     return make_training_data(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), CONFIG)
 
 
-def start(prepared, optimizer):
+def start(prepared, optimizer, config=CONFIG):
     model = make_model(CONFIG, num_users=60, num_items=40, seed=1)
     graphdef, params = nnx.split(model, nnx.Param)
-    tx = optax.named_chain(*make_stages(optimizer, CONFIG, prepared.nodes).items())
+    tx = optax.named_chain(*make_stages(optimizer, config, prepared.nodes).items())
     return graphdef, params, tx, tx.init(params)
 
 
@@ -94,28 +94,29 @@ def test_the_seed_decides(prepared):
 
 
 def test_the_best_epoch_is_tested(prepared, tmp_path):
-    result = loop.train(prepared, CONFIG, "sevo-gradient", tmp_path)
+    config = dataclasses.replace(CONFIG, learning_rate=0.2)
+    result = loop.train(prepared, config, "sevo-gradient", tmp_path)
     history = read_history(tmp_path / "history.jsonl")
     assert [record["epoch"] for record in history] == [1, 2, 3, 4, 5, 6]
     assert [record["epoch"] for record in history if "validation" in record] == [2, 4, 6]
     assert [record["loss"] for record in history] == result.losses
     scores = {r["epoch"]: r["validation"]["NDCG@10"] for r in history if "validation" in r}
     assert result.best_epoch == max(scores, key=scores.__getitem__)
-    assert result.best_epoch < CONFIG.epochs  # or testing the last one would be the same
+    assert result.best_epoch < config.epochs  # or testing the last one would be the same
     assert result.validation["NDCG@10"] == scores[result.best_epoch]
 
     # Training again and stopping there ends with the parameters that were tested.
-    graphdef, params, tx, opt_state = start(prepared, "sevo-gradient")
+    graphdef, params, tx, opt_state = start(prepared, "sevo-gradient", config)
     epoch_fn = jit(make_epoch(graphdef, tx, BCE))
     for epoch in range(1, result.best_epoch + 1):
-        key = jax.random.fold_in(jax.random.key(CONFIG.seed), epoch)
+        key = jax.random.fold_in(jax.random.key(config.seed), epoch)
         params, opt_state, _ = epoch_fn(params, opt_state, prepared.feed, prepared.sampler, {}, key)
     ranks = jax.jit(lambda p: prepared.test.ranks(nnx.merge(graphdef, p), {}))(params)
     assert result.test == pytest.approx(result.test | metrics.summarize(ranks), abs=1e-6)
 
     stored = json.loads((tmp_path / "result.json").read_text())
     assert stored == json.loads(json.dumps(dataclasses.asdict(result)))
-    assert stored["config"]["learning_rate"] == 1e-2
+    assert stored["config"]["learning_rate"] == 0.2
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.partial"))
 
