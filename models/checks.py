@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 LARGEST_FLOAT = 3.4028235e38  # of float32, which everything is computed in
@@ -29,6 +29,74 @@ GRAPH_OPTIONS = {
     "knn_method": "knn",
     "max_neighbors": "shared-users",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What an option needs in order to make a difference.
+
+    Attributes:
+      option: another option, which decides.
+      holds: ``holds(config)``: whether it makes a difference with what that option is.
+      instead: a value of that option with which it does.
+    """
+
+    option: str
+    holds: Callable[[Any], bool]
+    instead: str
+
+
+Heeded = Mapping[str, tuple[Condition, ...]]
+"""What options need in order to make a difference, all of it; others always do."""
+
+
+def unheeded(config: Any, name: str) -> Condition | None:
+    """What an option lacks in order to make a difference to a configuration; None: nothing.
+
+    >>> from models.config import TrainConfig
+    >>> unheeded(TrainConfig(optimizer="sgd"), "b2").option, unheeded(TrainConfig(), "b2")
+    ('optimizer', None)
+    """
+    conditions = config.heeded.get(name, ())
+    return next((x for x in conditions if hasattr(config, x.option) and not x.holds(config)), None)
+
+
+def check_heeded(configs: Sequence[Any], given: Mapping[str, Any], *, called: Mapping[str, str] | None = None) -> None:
+    """Checks that the options that a command line gives make a difference.
+
+    What a preset, an earlier run or a default says is not looked at: it may be meant for other choices.
+
+    Args:
+      configs: what is asked for, one or more of one class; of several, one must heed an option.
+      given: values by option.
+      called: what stands on the command line before a value of an option, where that is not the option's name.
+
+    Raises:
+      ValueError: if one would not be heeded; it names the option, its value, what does not heed it, and the way out.
+
+    Examples:
+      >>> from models.config import TrainConfig
+      >>> check_heeded([TrainConfig(graph=("shared-users",), max_hops=3)], {"epochs": 2, "max_hops": 3})
+      Traceback (most recent call last):
+      ValueError: max_hops is not heeded by graph shared-users, got 3; leave it out or give --graph item-item
+    """
+    for name, value in given.items():
+        lacking = [(condition, config) for config in configs if (condition := unheeded(config, name)) is not None]
+        if len(lacking) < len(configs):
+            continue
+        # Of several configurations, those that lack the least: their way out is the shortest.
+        least = max((condition for condition, _ in lacking), key=configs[0].heeded[name].index)
+        option = least.option
+        values = dict.fromkeys(_words(getattr(config, option)) for condition, config in lacking if condition is least)
+        values.pop("", None)
+        decider = f"by {option} {' or '.join(values)}" if values else f"without {option}"
+        way_out = (called or {}).get(option, f"{option.replace('_', '-')} ") + least.instead
+        raise ValueError(f"{name} is not heeded {decider}, got {_words(value)}; leave it out or give --{way_out}")
+
+
+def _words(value: Any) -> str:
+    """A value as on the command line; nothing for None."""
+    return "" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def check_numbers(options: Any) -> None:

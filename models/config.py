@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from models.checks import QUANTILES, check_graph, check_loss, check_numbers, check_split
+from models.checks import (
+    LOSS_OPTIONS,
+    QUANTILES,
+    Condition,
+    Heeded,
+    check_graph,
+    check_loss,
+    check_numbers,
+    check_split,
+)
 
 Loss = Literal["bce", "ce", "sampled-softmax", "gbce", "bpr"]
 Negatives = Literal["shared", "per-position"]
@@ -138,6 +147,56 @@ SMOOTHING = (
     *(field.name for field in dataclasses.fields(GraphConfig)),
 )
 
+# What only one of the graphs heeds.
+OF_GRAPH = {
+    "item-item": ("graph_max_length", "graph_keep", "max_hops", "graph_weighting"),
+    "shared-users": ("max_neighbors",),
+    "knn": ("vectors", "knn_neighbors", "knn_metric", "knn_method"),
+    "attributes": ("attributes", "attribute_item_column", "attribute_column"),
+}
+
+
+def among(option: str, *values: str) -> Condition:
+    """What an option needs that only some values of another one heed; the first of them is proposed."""
+    return Condition(option, lambda config: getattr(config, option) in values, values[0])
+
+
+def above(option: str, least: float, instead: str) -> Condition:
+    """What an option needs that makes a difference where a number is larger than ``least``."""
+    return Condition(option, lambda config: getattr(config, option) > least, instead)
+
+
+def _smooths(config: Any) -> bool:
+    return config.optimizer.startswith("sevo-")
+
+
+_SMOOTHED = Condition("optimizer", _smooths, "sevo-adamw")
+# Diagnostics measure over the graph, whatever the optimizer.
+_OVER_GRAPH = Condition("optimizer", lambda config: _smooths(config) or config.diagnostics, "sevo-adamw")
+# What an option of training needs in order to make a difference, all of it; others always do. A model adds its own.
+HEEDED: dict[str, tuple[Condition, ...]] = {
+    "graph": (_OVER_GRAPH,),
+    "graph_weights": (_OVER_GRAPH, Condition("graph", lambda config: len(config.graph) > 1, "item-item attributes")),
+    **{
+        name: (_OVER_GRAPH, Condition("graph", lambda config, graph=graph: graph in config.graph, graph))
+        for graph, names in OF_GRAPH.items()
+        for name in names
+    },
+    "beta": (_SMOOTHED,),
+    "smoothing": (_SMOOTHED,),
+    "num_layers": (_SMOOTHED, among("smoothing", "neumann", "iterative")),
+    "rescale": (_SMOOTHED, among("smoothing", "neumann")),
+    "moment_correction": (among("optimizer", "sevo-adamw"),),
+    "b2": (Condition("optimizer", lambda config: config.optimizer not in ("sgd", "sevo-sgd"), "adamw"),),
+    **{name: (among("loss", *losses),) for name, losses in LOSS_OPTIONS.items()},
+    "split_quantiles": (among("split", "global-time"),),
+    "split_times": (among("split", "global-time"),),
+    **dict.fromkeys(
+        ("data_format", "header", "cache_dir"), (Condition("data", lambda config: config.data is not None, "FILE"),)
+    ),
+}
+HEEDED["graph_weighting"] += (above("max_hops", 1, "2"),)  # there are no distances but 1
+
 
 @dataclasses.dataclass(frozen=True)
 class DeviceOptions:
@@ -213,6 +272,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
     """The losses that make sense for the model."""
     optimizers: ClassVar[tuple[Optimizer, ...]] = tuple(name for name in get_args(Optimizer) if name != "closed-form")
     """The optimizers that make sense for the model."""
+    heeded: ClassVar[Heeded] = HEEDED
+    """What options need in order to make a difference."""
 
     model: str = ""
     """Architecture."""
@@ -372,6 +433,8 @@ class SequenceConfig(TrainConfig):
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(SequenceConfig):
     """A model of histories with attention blocks."""
+
+    heeded: ClassVar[Heeded] = {**HEEDED, "num_heads": (above("num_blocks", 0, "1"),)}
 
     num_blocks: int = 2
     """Number of attention blocks."""

@@ -60,6 +60,11 @@ def join(options: DeviceOptions) -> bool:
         for name in ("num_processes", "process_id"):
             if getattr(options, name) is not None:
                 raise ValueError(f"{name} is not heeded without a coordinator; give --coordinator HOST:PORT")
+        if options.join_timeout != DeviceOptions.join_timeout:
+            raise ValueError(
+                f"join_timeout is not heeded without a coordinator, got {options.join_timeout}; "
+                "give --coordinator HOST:PORT"
+            )
         return False
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from models.architectures.base import Encoded, Group, NodeSet, SequenceRecommender, look_up
+from models.checks import Condition, Heeded
 from models.config import Loss, TransformerConfig
 from models.data import Interactions
 from models.feeds import Batch
@@ -29,6 +30,11 @@ def clipped_xavier_normal(
 @dataclasses.dataclass(frozen=True)
 class BERT4RecConfig(TransformerConfig):
     """BERT4Rec's options, with the paper's settings for Amazon Beauty."""
+
+    heeded: ClassVar[Heeded] = {
+        **TransformerConfig.heeded,
+        "mask_probability": (Condition("mask_last_probability", lambda config: config.mask_last_probability < 1, "0"),),
+    }
 
     model: str = "bert4rec"
     """Architecture."""

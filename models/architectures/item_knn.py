@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ import scipy.sparse
 from flax import nnx
 
 from models.architectures.base import Encoded, Group, NodeSet, Recommender
-from models.config import ClosedFormConfig
+from models.checks import Heeded
+from models.config import OF_GRAPH, ClosedFormConfig, among
 from models.data import Interactions, item_attributes
 from models.feeds import Batch
 
@@ -23,6 +24,11 @@ PAIRS_AT_ONCE = 2**22
 @dataclasses.dataclass(frozen=True)
 class ItemKNNConfig(ClosedFormConfig):
     """Item-kNN's options."""
+
+    heeded: ClassVar[Heeded] = {
+        **ClosedFormConfig.heeded,
+        **dict.fromkeys(OF_GRAPH["attributes"], (among("similarity", "attributes"),)),
+    }
 
     model: str = "item-knn"
     """Architecture."""
@@ -46,6 +52,14 @@ class ItemKNNConfig(ClosedFormConfig):
 
     def _at_least_one(self) -> tuple[str, ...]:
         return ("num_neighbors", "max_length", *super()._at_least_one())
+
+    def _check(self) -> None:
+        if self.similarity != "attributes" and self.attributes is not None:
+            raise ValueError(
+                f"attributes is not heeded by similarity {self.similarity}, got {self.attributes}; leave it out or "
+                "give --similarity attributes"
+            )
+        super()._check()
 
 
 class ItemKNN(Recommender):

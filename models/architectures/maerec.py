@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from flax import nnx
 from jax.experimental.sparse import BCOO
 
 from models.architectures.base import Encoded, Queries, SequenceRecommender, look_up
-from models.config import Optimizer, TransformerConfig
+from models.checks import Heeded
+from models.config import Optimizer, TransformerConfig, above
 from models.data import Interactions
 from models.feeds import Batch, NegativeSampler
 from models.feeds.negatives import Proposal
@@ -31,6 +32,17 @@ _TINY = 1e-8
 @dataclasses.dataclass(frozen=True)
 class MAERecConfig(TransformerConfig):
     """MAERec's options, with the settings for Amazon Beauty that SEvo's paper most likely compares with."""
+
+    heeded: ClassVar[Heeded] = {
+        **TransformerConfig.heeded,
+        **dict.fromkeys(("attention_dropout_rate", "residual_feed_forward"), (above("num_blocks", 0, "1"),)),
+        **dict.fromkeys(
+            ("num_reconstructed", "num_edge_negatives", "reject_edges", "log_reconstruction"),
+            (above("reconstruction_weight", 0, "0.005"),),
+        ),
+        "next_seeds": (above("mask_depth", 1, "2"),),
+        "low_reward": (above("mask_steps", 1, "2"),),
+    }
 
     model: str = "maerec"
     """Architecture."""

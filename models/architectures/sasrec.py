@@ -2,14 +2,15 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from models.architectures.base import Encoded, SequenceRecommender, look_up
-from models.config import TransformerConfig
+from models.checks import Heeded
+from models.config import TransformerConfig, above
 from models.feeds import Batch
 from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys, stacked_xavier_uniform, symmetric_uniform
 
@@ -22,6 +23,11 @@ fan_in_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 @dataclasses.dataclass(frozen=True)
 class SASRecConfig(TransformerConfig):
     """SASRec's options, with the paper's settings for Amazon Beauty."""
+
+    heeded: ClassVar[Heeded] = {
+        **TransformerConfig.heeded,
+        "attend_padding": (above("num_blocks", 0, "1"),),
+    }
 
     model: str = "sasrec"
     """Architecture."""

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.architectures.base import Encoded, Group, NodeSet, Queries, Recommender, look_up, options_of
-from models.config import Loss, TransformerConfig
+from models.checks import Heeded
+from models.config import Loss, TransformerConfig, above, among
 from models.feeds import Batch
 from models.layers import BLOCKED, Dropout, LayerNorm, Linear, split_keys
 from models.layers.attention import QUERIES_AT_ONCE
@@ -42,6 +43,12 @@ class STOSAConfig(TransformerConfig):
 
     losses: ClassVar[tuple[Loss, ...]] = ("bpr", "ce", "sampled-softmax")
     """Those that compare scores with each other: a score is a distance, which no sigmoid takes alone."""
+    heeded: ClassVar[Heeded] = {
+        **TransformerConfig.heeded,
+        "attention_dropout_rate": (above("num_blocks", 0, "1"),),
+        "encode_mean": (above("num_blocks", 0, "1"),),
+        "pvn_weight": (among("loss", "bpr"),),  # the others have no single negative
+    }
 
     model: str = "stosa"
     """Architecture."""
@@ -69,14 +76,6 @@ class STOSAConfig(TransformerConfig):
     """Users in a batch, on average: sequences are packed, and batches hold equally many rows."""
     graph_max_length: int = 100
     """item-item: how many of a user's training items the graph is built from."""
-
-    def _check(self) -> None:
-        super()._check()
-        if self.loss != "bpr" and self.pvn_weight not in (0, type(self).pvn_weight):
-            raise ValueError(
-                f"pvn_weight is not heeded by loss {self.loss}, which has no single negative, got {self.pvn_weight}; "
-                "leave it out or give --loss bpr"
-            )
 
     def _at_least_zero(self) -> tuple[str, ...]:
         return ("pvn_weight", *super()._at_least_zero())

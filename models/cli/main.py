@@ -7,17 +7,34 @@ import itertools
 import operator
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from models import processes
-from models.checks import check_graph, check_numbers, check_split
+from models.checks import (
+    GRAPH_OPTIONS,
+    LOSS_OPTIONS,
+    Heeded,
+    check_graph,
+    check_heeded,
+    check_numbers,
+    check_split,
+)
 from models.cli.commands import Evaluate, Export, Recommend, load_and_describe
-from models.cli.parsing import parse
-from models.config import OPTIMIZERS, SELECTION, DeviceOptions, GraphConfig, Optimizer, SourceConfig, TrainConfig
+from models.cli.parsing import given, parse
+from models.config import (
+    HEEDED,
+    OPTIMIZERS,
+    SELECTION,
+    DeviceOptions,
+    GraphConfig,
+    Optimizer,
+    SourceConfig,
+    TrainConfig,
+)
 from models.memory import out_of_memory_told
 from models.report import Report
 from models.reproduce import Reproduce
@@ -48,6 +65,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 class RunOptions:
     """Where a run starts from."""
 
+    found: ClassVar[str]
+    """What an output folder holds that there is something to go on with in, as a pattern."""
+
     preset: str | None = None
     """Settings to start from, which other options override: a name such as sasrec-beauty, or a YAML file."""
     resume: bool = False
@@ -56,15 +76,23 @@ class RunOptions:
     """Remove a run that the output folder already holds."""
     quiet: bool = False
     """Show no progress, only what is trained on and what came out."""
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """The options that the command line itself sets; neither a preset nor a default."""
 
     def _check_output(self) -> None:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other; give one of them")
 
+    def _goes_on(self, output_dir: Path) -> bool:
+        """Whether this goes on with something: it must be given what it was begun with, heeded or not."""
+        return self.resume and any(output_dir.glob(self.found))
+
 
 @dataclasses.dataclass(frozen=True)
 class Train(RunOptions, DeviceOptions):
     """Train one model and test it at its best epoch."""
+
+    found: ClassVar[str] = "run.json"
 
     output_dir: Path = Path("runs/train")
     """Folder for checkpoints, run.json, history.jsonl, result.json and curve.png."""
@@ -74,6 +102,8 @@ class Train(RunOptions, DeviceOptions):
         self._check_output()
         config = _config(self)
         _check_mesh(self, config)
+        if not self._goes_on(self.output_dir):
+            check_heeded([config], _given(self))
         if self.mesh is not None and processes.join(self):
             with processes.together(), progress.silent(self.quiet or not processes.is_first()):
                 self._train(config)
@@ -113,6 +143,8 @@ class Train(RunOptions, DeviceOptions):
 class Compare(RunOptions):
     """Train the same model with several optimizers, on the same data and seeds."""
 
+    found: ClassVar[str] = "*/run.json"
+
     arms: tuple[Optimizer, ...] = OPTIMIZERS
     """The optimizers; gains are over the first. A model that is fitted in closed form has one alone."""
     seeds: int = 1
@@ -132,6 +164,11 @@ class Compare(RunOptions):
         config = _config(self)
         check_numbers(dataclasses.replace(config, seed=config.seed + self.seeds - 1))  # the last of them
         arms = ("closed-form",) if config.optimizer == "closed-form" else self.arms
+        if not self._goes_on(self.output_dir):
+            if arms != self.arms and "arms" in self.given:
+                raise ValueError(f"arms is not heeded by model {config.model}, got {' '.join(self.arms)}; leave it out")
+            each = [dataclasses.replace(config, optimizer=arm) for arm in arms]
+            check_heeded(each, _given(self), called={"optimizer": "arms "})
         prepared = _prepare(config, self.output_dir)
         diverged = None
         try:
@@ -177,6 +214,8 @@ class Compare(RunOptions):
 class Tune(RunOptions):
     """Search for settings by the validation items, and test the best ones alone. Goes on with --resume when killed."""
 
+    found: ClassVar[str] = "search.journal"
+
     search: tuple[str, ...] = ()
     """What is searched: name=low:high, name=low:high:log, name=a,b,c, or a name alone, in its usual range (left out: of
     learning-rate, weight-decay, dropout-rate, beta, num-layers, max-hops and graph, those that the model heeds)."""
@@ -199,7 +238,12 @@ class Tune(RunOptions):
             raise ValueError(f"hours must be a number above 0, got {self.hours}")
         from models.tuning.space import parse_space
 
-        space = parse_space(self.search, _values(self))
+        space = parse_space(self.search, _values(self, kept=_searched_for(self)))
+        if not self._goes_on(self.output_dir):
+            texts = {option.name: text for option, text in zip(space.searched, space.describe(), strict=True)}
+            asked = {name: text.partition("=")[2] for name, text in texts.items()} if self.search else {}
+            called = {name: f"search {text}," for name, text in texts.items()}
+            check_heeded(space.variants(), _given(self) | asked, called=called)
         from models.training.loggers import check_installed
         from models.tuning import search
 
@@ -230,10 +274,15 @@ class Tune(RunOptions):
 class Graph(GraphConfig, SourceConfig):
     """Build a graph, describe it, and draw its degrees and, if it is small, the graph itself."""
 
+    heeded: ClassVar[Heeded] = HEEDED
+    """What options need in order to make a difference."""
+
     part: Literal["train", "all"] = "train"
     """train: the training part of the split. all: every interaction."""
     output_dir: Path = Path("runs/graph")
     """Folder for weights.npz, degrees.png and, for small graphs, drawing.png."""
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """The options that the command line itself sets."""
 
     def run(self) -> None:
         """Builds the graph, and prints its summary and where the pictures are."""
@@ -246,8 +295,7 @@ class Graph(GraphConfig, SourceConfig):
             )
         if self.part == "all" and self.split != "leave-one-out":
             raise ValueError(f"split is not heeded with part all, got {self.split}; leave it out or give --part train")
-        if "item-item" not in self.graph:
-            self._check_unheeded(("graph_max_length", "graph_keep", "max_hops", "graph_weighting"))
+        check_heeded([self], _given(self))
         from models import graphs
         from models.data import split_interactions
 
@@ -265,15 +313,6 @@ class Graph(GraphConfig, SourceConfig):
         for line in graphs.describe(adjacency, title, self.output_dir):
             print(line)
 
-    def _check_unheeded(self, names: Sequence[str]) -> None:
-        """Refuses options that have no effect on the graphs that are asked for."""
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in names:
-            if getattr(self, name) != usual[name]:
-                raise ValueError(
-                    f"{name} is not heeded by graph {' '.join(self.graph)}, got {getattr(self, name)}; leave it out"
-                )
-
 
 COMMANDS: dict[str, Any] = {
     "train": Train,
@@ -287,6 +326,8 @@ COMMANDS: dict[str, Any] = {
     "report": Report,
 }
 TRAINING = ("train", "compare", "tune")
+# What a configuration refuses to hold beside another choice, see models.checks; any optimizer goes with all of it.
+REFUSED = (*LOSS_OPTIONS, *GRAPH_OPTIONS, "split_quantiles", "split_times")
 
 
 def _config(command: Any) -> TrainConfig:
@@ -296,10 +337,36 @@ def _config(command: Any) -> TrainConfig:
     return config_from_dict(_values(command))
 
 
-def _values(command: Any) -> dict[str, Any]:
-    """The fields of the configuration among a command's options."""
+def _values(command: Any, *, kept: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of the configuration among a command's options, but for what is passed over, see below."""
     kind = next(base for base in type(command).__mro__ if base.__name__.endswith("Config"))
-    return {field.name: getattr(command, field.name) for field in dataclasses.fields(kind)}
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {name: getattr(command, name) for name in names if name in kept or not _is_passed_over(command, name)}
+
+
+def _is_passed_over(command: Any, name: str) -> bool:
+    """Whether a value is a preset's for another loss, graph or split than the command line chooses.
+
+    Only of what a configuration refuses to hold beside that choice: the rest of a preset stays as it is.
+    """
+    if name in command.given or name not in REFUSED:
+        return False
+    deciding = [x for x in command.heeded[name] if x.option != "optimizer"]
+    return any(x.option in command.given and not x.holds(command) for x in deciding)
+
+
+def _searched_for(command: Any) -> set[str]:
+    """The options of a search that may be for some of its trials alone."""
+    from models.tuning.space import field_of
+
+    searched = {field_of(text) for text in command.search}
+    deciding = ((name, {x.option for x in conditions}) for name, conditions in command.heeded.items())
+    return {"attributes", *(name for name, options in deciding if options & searched)}
+
+
+def _given(command: Any) -> dict[str, Any]:
+    """The options that the command line itself sets, with their values."""
+    return {name: getattr(command, name) for name in command.given}
 
 
 def _check_mesh(options: DeviceOptions, config: TrainConfig) -> None:
@@ -314,7 +381,13 @@ def _check_mesh(options: DeviceOptions, config: TrainConfig) -> None:
     from models.mesh import parse_mesh
     from models.training.layout import check_mesh
 
-    check_mesh(parse_mesh(options.mesh), config)
+    sizes = parse_mesh(options.mesh)
+    check_mesh(sizes, config)
+    if options.table_sharding != DeviceOptions.table_sharding and sizes["model"] == 1:
+        raise ValueError(
+            f"table_sharding is not heeded by mesh {options.mesh}, got {options.table_sharding}; leave it out or "
+            "give a mesh with a model axis, such as --mesh model=2"
+        )
 
 
 def _layout(mesh: "Mesh", sharding: "TableSharding", config: TrainConfig, prepared: "TrainingData") -> "Layout":
@@ -453,6 +526,8 @@ def _run(arguments: Sequence[str]) -> None:
     commands = _commands(arguments, preset)
     known = {name: command for name, (command, _) in commands.items()}
     command = parse(_parser(commands), arguments, commands=known, prog=PROGRAM, description=DESCRIPTION)
+    if hasattr(command, "given"):
+        command = dataclasses.replace(command, given=given(arguments, type(command)))
     if isinstance(command, Compare) and "optimizer" in preset:
         print(f"note: compare trains every optimizer, not only the preset's {preset['optimizer']}", file=sys.stderr)
     with progress.silent(getattr(command, "quiet", False)), out_of_memory_told():

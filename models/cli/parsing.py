@@ -45,6 +45,24 @@ def parse(parser: Any, arguments: Sequence[str], *, commands: Mapping[str, Any],
         return tyro.cli(parser, prog=prog, args=list(arguments), description=description)
 
 
+def given(arguments: Sequence[str], command: Any) -> tuple[str, ...]:
+    """The options that a command line itself sets, whatever their values, by the names of their fields.
+
+    Args:
+      arguments: a command line that :func:`parse` takes.
+      command: the command's dataclass.
+
+    Examples:
+      >>> from models.config import TrainConfig
+      >>> given(["train", "--beta=0.5", "--no-rescale", "--num_layers", "3"], TrainConfig)
+      ('beta', 'rescale', 'num_layers')
+    """
+    options = {f"--{field.name.replace('_', '-')}": field.name for field in dataclasses.fields(command)}
+    known = {option.replace("--", "--no-", 1): name for option, name in options.items()} | options
+    names = (known.get(argument.partition("=")[0].replace("_", "-")) for argument in arguments)
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
 def wanted(kind: Any) -> str:
     """What values of a type are called.
 

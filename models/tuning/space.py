@@ -1,6 +1,7 @@
 """What is searched: options of a model, each in a range or among some values."""
 
 import dataclasses
+import itertools
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type
 
 from models.architectures.registry import model_class
 from models.checks import LOSS_OPTIONS, shortened
-from models.config import SMOOTHING, SourceConfig, TrainConfig
+from models.config import OF_GRAPH, SMOOTHING, SourceConfig, TrainConfig
 
 FORMS = "NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C"
 # The ranges of names that are given none. A decay in the gradient (adam, sgd) is felt at far smaller values.
@@ -23,13 +24,6 @@ USUAL = {
 DECAY_IN_GRADIENT = "1e-8:1e-2:log"
 # What decides whether others count stands first.
 FIRST = ("optimizer", "graph", "smoothing", "loss")
-# What only one of the graphs heeds.
-HEEDED_BY_GRAPH = {
-    "item-item": ("max_hops", "graph_max_length", "graph_keep", "graph_weighting"),
-    "shared-users": ("max_neighbors",),
-    "knn": ("vectors", "knn_neighbors", "knn_metric", "knn_method"),
-    "attributes": ("attributes", "attribute_item_column", "attribute_column"),
-}
 # What names and describes a run, or decides what it is measured by: not the search's to choose.
 FIXED = (
     *(field.name for field in dataclasses.fields(SourceConfig)),
@@ -152,6 +146,19 @@ class Space:
         """The options as :func:`parse_space` reads them."""
         return [_describe(option) for option in self.searched]
 
+    def variants(self) -> list[TrainConfig]:
+        """Configurations of which one heeds an option if any trial's does.
+
+        They have every choice, and both ends of every range, of the searched options that others need.
+        """
+        needed = {condition.option for conditions in self.base.heeded.values() for condition in conditions}
+        deciding = [option for option in self.searched if option.name in needed]
+        names = [option.name for option in deciding]
+        return [
+            self._with(dict(zip(names, values, strict=True)))
+            for values in itertools.product(*(option.ends for option in deciding))
+        ]
+
     def _with(self, values: Mapping[str, Any]) -> TrainConfig:
         attributes = self.attributes if "attributes" in values.get("graph", ()) else self.base.attributes
         return dataclasses.replace(self.base, **values, attributes=attributes) if values else self.base
@@ -168,7 +175,7 @@ def heeds(config: TrainConfig, name: str) -> bool:
     """
     if name in SMOOTHING and not config.optimizer.startswith("sevo-"):
         return False
-    for graph, options in HEEDED_BY_GRAPH.items():
+    for graph, options in OF_GRAPH.items():
         if name in options:
             return graph in config.graph
     if name == "num_layers":
@@ -193,7 +200,7 @@ def parse_space(texts: Sequence[str], values: Mapping[str, Any]) -> Space:
     """
     kind = model_class(values["model"]).config_class
     attributes = values.get("attributes")
-    graphs = [text for text in texts if _field(text) == "graph"]
+    graphs = [text for text in texts if field_of(text) == "graph"]
     searches_graph = bool(graphs) or (not texts and attributes is not None)
     if searches_graph and values.get("graph_weights"):
         raise ValueError("graph_weights belong to one choice of graphs; leave them out, or do not search for the graph")
@@ -230,7 +237,8 @@ def _why(base: TrainConfig, name: str) -> str:
     return f"loss {base.loss}, smoothing {base.smoothing}, graph {' '.join(base.graph)}"
 
 
-def _field(text: str) -> str:
+def field_of(text: str) -> str:
+    """The name of the field that a text searches, whether or not there is one."""
     return text.partition("=")[0].strip().replace("-", "_")
 
 
@@ -253,7 +261,7 @@ def _usual_graphs(base: TrainConfig, attributes: Path | None) -> str:
 
 def _parse(text: str, base: TrainConfig, attributes: Path | None) -> Range | Choices:
     """One option."""
-    name, (_, equals, wanted) = _field(text), text.partition("=")
+    name, (_, equals, wanted) = field_of(text), text.partition("=")
     hints = _hints(type(base))
     if name not in hints:
         known = ", ".join(sorted(name.replace("_", "-") for name in hints))

@@ -13,7 +13,9 @@ import pytest
 
 import sevo_optax
 from models.__main__ import main
-from models.architectures.registry import DEFAULT, model_class
+from models.architectures.registry import DEFAULT, MODELS, model_class
+from models.checks import unheeded
+from models.cli import main as commands
 from models.training import loop
 from sevo_optax import graph
 
@@ -259,6 +261,182 @@ def test_bad_arguments_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, 
     assert message in err
     assert err.count("\n") == 1
     assert len(err) < 300
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The configurations that a command would go on to read data for."""
+    made = []
+
+    def note(config, *_):
+        made.append(config)
+        raise ValueError("the data would be read")
+
+    monkeypatch.setattr(commands, "_prepare", note)
+    monkeypatch.setattr(commands, "load_and_describe", note)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "train --optimizer adamw --beta 0.99",
+            "beta is not heeded by optimizer adamw, got 0.99; leave it out or give",
+        ),
+        ("train --optimizer adam --beta=0.5", "or give --optimizer sevo-adamw"),
+        ("train --optimizer adamw --graph shared-users", "graph is not heeded by optimizer adamw, got shared-users;"),
+        ("train --optimizer adamw --diagnostics --smoothing exact", "smoothing is not heeded by optimizer adamw"),
+        ("train --optimizer sgd --b2 0.9", "b2 is not heeded by optimizer sgd, got 0.9"),
+        (
+            "train --optimizer sevo-adam --no-moment-correction",
+            "moment_correction is not heeded by optimizer sevo-adam",
+        ),
+        (
+            "train --preset sasrec-beauty --optimizer adamw --num-layers 3",
+            "num_layers is not heeded by optimizer adamw",
+        ),
+        ("train --smoothing exact --num_layers 2", "num_layers is not heeded by smoothing exact, got 2; leave it out"),
+        ("train --smoothing iterative --no-rescale", "rescale is not heeded by smoothing iterative, got False"),
+        (
+            "train --graph shared-users --max-hops 1",
+            "max_hops is not heeded by graph shared-users, got 1; leave it out",
+        ),
+        ("train --graph-weights 2", "graph_weights is not heeded by graph item-item, got 2.0"),
+        ("train --graph-weighting frequency", "graph_weighting is not heeded by max_hops 1, got frequency; leave it"),
+        ("train --knn-metric cosine", "knn_metric is not heeded by graph item-item, got cosine"),
+        ("train --num-negatives 256", "num_negatives is not heeded by loss bce, got 256"),
+        ("train --split-quantiles 0.8 0.9", "split_quantiles is not heeded by split leave-one-out, got 0.8 0.9"),
+        ("train --cache-dir x", "cache_dir is not heeded without data, got x; leave it out or give --data FILE"),
+        ("train --no-header", "header is not heeded without data, got False"),
+        ("train --num-blocks 0 --num-heads 1", "num_heads is not heeded by num_blocks 0, got 1"),
+        ("train --num-blocks 0 --no-attend-padding", "attend_padding is not heeded by num_blocks 0"),
+        (
+            "train --model bert4rec --mask-last-probability 1 --mask-probability 0.2",
+            "mask_probability is not heeded by mask_last_probability 1.0, got 0.2",
+        ),
+        (
+            "train --model stosa --loss ce --pvn-weight 0.1",
+            "pvn_weight is not heeded by loss ce, got 0.1; leave it out",
+        ),
+        ("train --model stosa --num-blocks 0 --encode-mean", "encode_mean is not heeded by num_blocks 0"),
+        (
+            "train --model maerec --reconstruction-weight 0 --reject-edges",
+            "reject_edges is not heeded by reconstruction_weight 0.0, got True",
+        ),
+        ("train --model maerec --mask-depth 1 --next-seeds ends", "next_seeds is not heeded by mask_depth 1, got ends"),
+        ("train --model maerec --mask-steps 1 --low-reward 0", "low_reward is not heeded by mask_steps 1, got 0.0"),
+        ("train --model item-knn --attributes x", "or give --similarity attributes"),
+        ("train --model item-knn --attribute-column mood", "attribute_column is not heeded by similarity users"),
+        (
+            "compare --arms adamw sgd --beta 0.5",
+            "beta is not heeded by optimizer adamw or sgd, got 0.5; leave it out or give --arms sevo-adamw",
+        ),
+        (
+            "compare --arms adamw sevo-adamw --smoothing exact --num-layers 2",
+            "num_layers is not heeded by smoothing exact",
+        ),
+        ("compare --model popularity --arms adamw sgd", "arms is not heeded by model popularity, got adamw sgd"),
+        ("tune --optimizer adamw --beta 0.5", "beta is not heeded by optimizer adamw, got 0.5; leave it out or give"),
+        (
+            "tune --search optimizer=adamw,sgd beta=0.1:0.5",
+            "got 0.1:0.5; leave it out or give --search optimizer=adamw,sgd,sevo-adamw",
+        ),
+        ("tune --search optimizer=adamw,sgd --beta 0.5", "beta is not heeded by optimizer adamw or sgd, got 0.5"),
+        (
+            "tune --search rescale=true,false --smoothing exact",
+            "rescale is not heeded by smoothing exact, got true,false",
+        ),
+        (
+            "graph --graph shared-users --max-hops 1",
+            "max_hops is not heeded by graph shared-users, got 1; leave it out",
+        ),
+        ("graph --graph-weighting frequency", "graph_weighting is not heeded by max_hops 1, got frequency"),
+    ],
+)
+def test_given_options_that_are_not_heeded(begun, tmp_path, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, *command.split())
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not begun
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --optimizer adamw --diagnostics --max-hops 2",
+        "train --preset sasrec-beauty --optimizer adamw",
+        "train --max-hops 2 --graph-weighting frequency",
+        "train --model item-knn --similarity attributes --attributes x --attribute-column mood",
+        "compare --arms adamw sevo-adamw --beta 0.5 --no-moment-correction",
+        "compare --model popularity",
+        "tune --optimizer adamw",
+        "tune --search optimizer=adamw,sevo-adamw --beta 0.5",
+        "tune --search max-hops=1:3 --graph-weighting frequency",
+        "tune --search graph=item-item,shared-users --max-neighbors 50",
+        "graph --max-hops 2 --graph-weighting frequency",
+    ],
+)
+def test_given_options_that_are_heeded(begun, tmp_path, monkeypatch, capsys, command):
+    if command.startswith("tune"):
+        pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    assert "the data would be read" in run(capsys, *command.split())[2]
+
+
+def test_what_of_a_preset_is_not_heeded_is_passed_over(begun, tmp_path, capsys):
+    out = ["--output-dir", tmp_path / "out"]
+    run(capsys, "train", "--preset", "stosa-ml-1m", "--loss", "ce", *out)
+    path = tmp_path / "mine.yaml"
+    path.write_text("loss: sampled-softmax\nnum_negatives: 9\ngraph: [knn]\nvectors: items.npz\nmax_hops: 2\n")
+    for options in [[], ["--loss", "ce"], ["--loss", "ce", "--graph", "item-item"], ["--optimizer", "adamw"]]:
+        run(capsys, "train", "--preset", path, *options, *out)
+    assert [(x.loss, x.num_negatives, x.vectors and x.vectors.name) for x in begun[1:]] == [
+        ("sampled-softmax", 9, "items.npz"),
+        ("ce", 256, "items.npz"),
+        ("ce", 256, None),
+        ("sampled-softmax", 9, "items.npz"),
+    ]
+    assert {x.max_hops for x in begun[1:]} == {2}
+    err = run(capsys, "train", "--preset", path, "--loss", "ce", "--num-negatives", "9", *out)[2]
+    assert "num_negatives is not heeded by loss ce, got 9" in err
+    path.write_text("loss: ce\nnum_negatives: 9\n")  # which nobody has chosen another loss for
+    assert "num_negatives is not heeded by loss ce, got 9" in run(capsys, "train", "--preset", path, *out)[2]
+    assert len(begun) == 5
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        ("train --optimizer adamw --beta 0.5", "run.json"),
+        ("compare --arms adamw sgd --beta 0.5", "adamw-0/run.json"),
+        ("compare --model popularity --arms adamw", "closed-form-0/run.json"),
+        ("tune --optimizer adamw --beta 0.5", "search.journal"),
+    ],
+)
+def test_an_old_run_goes_on_with_what_it_was_given(begun, tmp_path, capsys, command, kept):
+    if command.startswith("tune"):
+        pytest.importorskip("optuna")
+    (tmp_path / kept).parent.mkdir(exist_ok=True)
+    resume = [*command.split(), "--output-dir", tmp_path, "--resume"]
+    assert "is not heeded by" in run(capsys, *resume)[2]  # there is no run
+    (tmp_path / kept).write_text("{}")
+    assert "the data would be read" in run(capsys, *resume)[2]
+    assert "is not heeded by" in run(capsys, *resume[:-1], "--overwrite")[2]
+    assert len(begun) == 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_heeded_is_said_of_options(model):
+    kind = model_class(model).config_class
+    config = kind()
+    for name, conditions in kind.heeded.items():
+        assert hasattr(config, name)
+        assert all(hasattr(config, condition.option) for condition in conditions)
+        unheeded(config, name)  # which calls each
 
 
 def test_an_output_folder_that_is_a_file(data, capsys):

@@ -55,6 +55,7 @@ def test_what_a_mesh_does_not_suit_is_refused(model, options, sizes, message):
     [
         (["--mesh", "data=64,model=2"], f"mesh data=64,model=2 needs 128 devices, and there are {jax.device_count()} "),
         (["--table-sharding", "rows"], "table_sharding is not heeded without a mesh, got rows; give --mesh"),
+        (["--mesh", "data=1", "--table-sharding", "rows"], "table_sharding is not heeded by mesh data=1, got rows; "),
     ],
 )
 def test_the_command_line_refuses_in_one_line(arguments, message, tmp_path, capsys):

@@ -141,6 +141,7 @@ def test_an_unreachable_coordinator_is_told_with_address_and_timeout(tmp_path):
     [
         (["--coordinator", "127.0.0.1:1"], "coordinator is not heeded without a mesh"),
         (["--mesh", "data=2", "--num-processes", "2"], "num_processes is not heeded without a coordinator"),
+        (["--mesh", "data=2", "--join-timeout", "9"], "join_timeout is not heeded without a coordinator, got 9; give"),
         (["--mesh", "data=2", "--coordinator", "here"], "coordinator must be HOST:PORT, got 'here'"),
         (["--mesh", "data=2", "--coordinator", "here:1"], "num_processes must be given with a coordinator"),
         (

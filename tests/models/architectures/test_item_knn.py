@@ -79,7 +79,7 @@ def test_items_with_the_same_attributes(interactions, tmp_path):
     for item in range(35):
         found = dict(zip(model.neighbors[item].tolist(), model.similarities[item].tolist(), strict=True))
         assert {x: s for x, s in found.items() if s} == pytest.approx(rows.get(item, {}))
-    with pytest.raises(ValueError, match="attributes is not heeded by graph item-item"):
+    with pytest.raises(ValueError, match="attributes is not heeded by similarity users, got "):
         make_config("item-knn", attributes=table)
 
 

@@ -310,10 +310,6 @@ def test_half_precision(packed):
     ("options", "message"),
     [
         ({"loss": "bce"}, "loss must be one of bpr, ce, sampled-softmax with stosa, got 'bce'"),
-        (
-            {"loss": "ce", "pvn_weight": 0.1},
-            "pvn_weight is not heeded by loss ce, which has no single negative, got 0.1",
-        ),
         ({"pvn_weight": -0.1}, "pvn_weight must be at least 0, got -0.1"),
         ({"attention_dropout_rate": 1.0}, r"attention_dropout_rate must lie in \[0, 1\), got 1.0"),
         ({"num_heads": 3}, "num_heads must divide embedding_dim, got 3 and 8"),
