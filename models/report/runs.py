@@ -210,7 +210,7 @@ class Group:
         """
         for optimizer in reversed(BASELINES.get(arm.optimizer, ())):
             found = [x for x in self.arms if x.optimizer == optimizer and x.finished]
-            wanted = identity_of(arm.config, optimizer), optimizer, arm.config.epochs, ""
+            wanted = identity_of(arm.config, optimizer), optimizer, arm.config.epochs, "", ""
             for other in found:
                 if other.runs[0].identity == wanted:
                     return other
