@@ -31,8 +31,8 @@ def _accepts(flags: str) -> bool:
 
 
 # The newer emitters of jaxlib 0.10 take 5 s of a core to compile an epoch of SASRec, the older ones 1.5 s; those of
-# 0.12 take 3 s and leave no choice. Programs stay in parts that are compiled side by side: as one they take 8% less, but
-# operations are then joined across them, and equal formulas are no longer equal to the last bit.
+# 0.12 take 3 s and leave no choice. Programs stay in parts that are compiled side by side: as one they take 8% less,
+# but operations are then joined across them, and equal formulas are no longer equal to the last bit.
 _OLDER = "--xla_cpu_use_fusion_emitters=false"
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 if _OLDER not in _FLAGS and _accepts(f"{_FLAGS} {_OLDER}"):
