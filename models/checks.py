@@ -20,14 +20,19 @@ LOSS_OPTIONS = {
 }
 
 
-# The graph that heeds an option.
+# What only one of the graphs heeds.
+OF_GRAPH = {
+    "attributes": ("attributes", "attribute_item_column", "attribute_column"),
+    "knn": ("vectors", "knn_neighbors", "knn_metric", "knn_method"),
+    "shared-users": ("max_neighbors",),
+    "item-item": ("graph_max_length", "graph_keep", "max_hops", "graph_weighting"),
+}
+# Of these, with the graph, what no configuration may hold for another one; presets and earlier runs do hold the rest.
 GRAPH_OPTIONS = {
-    "attributes": "attributes",
-    "vectors": "knn",
-    "knn_neighbors": "knn",
-    "knn_metric": "knn",
-    "knn_method": "knn",
-    "max_neighbors": "shared-users",
+    name: graph
+    for graph, names in OF_GRAPH.items()
+    for name in names
+    if graph != "item-item" and name not in ("attribute_item_column", "attribute_column")
 }
 
 

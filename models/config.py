@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from models.checks import (
     LOSS_OPTIONS,
+    OF_GRAPH,
     QUANTILES,
     Condition,
     Heeded,
@@ -146,14 +147,6 @@ SMOOTHING = (
     "moment_correction",
     *(field.name for field in dataclasses.fields(GraphConfig)),
 )
-
-# What only one of the graphs heeds.
-OF_GRAPH = {
-    "item-item": ("graph_max_length", "graph_keep", "max_hops", "graph_weighting"),
-    "shared-users": ("max_neighbors",),
-    "knn": ("vectors", "knn_neighbors", "knn_metric", "knn_method"),
-    "attributes": ("attributes", "attribute_item_column", "attribute_column"),
-}
 
 
 def among(option: str, *values: str) -> Condition:

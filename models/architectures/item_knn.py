@@ -12,8 +12,8 @@ import scipy.sparse
 from flax import nnx
 
 from models.architectures.base import Encoded, Group, NodeSet, Recommender
-from models.checks import Heeded
-from models.config import OF_GRAPH, ClosedFormConfig, among
+from models.checks import OF_GRAPH, Heeded, check_heeded
+from models.config import ClosedFormConfig, among
 from models.data import Interactions, item_attributes
 from models.feeds import Batch
 
@@ -54,11 +54,8 @@ class ItemKNNConfig(ClosedFormConfig):
         return ("num_neighbors", "max_length", *super()._at_least_one())
 
     def _check(self) -> None:
-        if self.similarity != "attributes" and self.attributes is not None:
-            raise ValueError(
-                f"attributes is not heeded by similarity {self.similarity}, got {self.attributes}; leave it out or "
-                "give --similarity attributes"
-            )
+        if self.attributes is not None:
+            check_heeded([self], {"attributes": self.attributes})
         super()._check()
 
 

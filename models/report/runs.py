@@ -102,8 +102,14 @@ class ReportedRun:
     @functools.cached_property
     def identity(self) -> tuple[str, Optimizer, int, str, str]:
         """What runs that differ in the seed alone have in common."""
-        files = "" if self.optimizer in PLAIN else self.files
-        return identity_of(self.config, self.optimizer), self.optimizer, self.config.epochs, self.remark, files
+        return _identity(self.config, self.optimizer, self.remark, self.files)
+
+
+def _identity(
+    config: TrainConfig, optimizer: Optimizer, remark: str = "", files: str = ""
+) -> tuple[str, Optimizer, int, str, str]:
+    """What a run with this configuration, but for the optimizer, has in common with those with other seeds."""
+    return identity_of(config, optimizer), optimizer, config.epochs, remark, "" if optimizer in PLAIN else files
 
 
 Test = Callable[[ReportedRun], Mapping[str, float]]
@@ -210,9 +216,8 @@ class Group:
         """
         for optimizer in reversed(BASELINES.get(arm.optimizer, ())):
             found = [x for x in self.arms if x.optimizer == optimizer and x.finished]
-            wanted = identity_of(arm.config, optimizer), optimizer, arm.config.epochs, "", ""
             for other in found:
-                if other.runs[0].identity == wanted:
+                if other.runs[0].identity == _identity(arm.config, optimizer):
                     return other
             found = [x for x in found if x.config.epochs == arm.config.epochs]
             if found:

@@ -249,8 +249,10 @@ class _MLflow:
 
         now = round(1000 * time.time())
         # A name may hold no other signs, and of diagnostics holds a + for tables that are smoothed together.
-        names = {name: re.sub(r"[^\w.\- :/]", "_", name.replace("@", "_at_")) for name in values}
-        metrics = [Metric(names[name], value, now, step) for name, value in values.items()]
+        metrics = [
+            Metric(re.sub(r"[^\w.\- :/]", "_", name.replace("@", "_at_")), value, now, step)
+            for name, value in values.items()
+        ]
         self._client.log_batch(self.id, metrics=metrics)
 
     def close(self, status: Status) -> None:

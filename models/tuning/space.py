@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from models.architectures.registry import model_class
-from models.checks import LOSS_OPTIONS, shortened
-from models.config import OF_GRAPH, SMOOTHING, SourceConfig, TrainConfig
+from models.checks import LOSS_OPTIONS, OF_GRAPH, shortened
+from models.config import SMOOTHING, SourceConfig, TrainConfig
 
 FORMS = "NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C"
 # The ranges of names that are given none. A decay in the gradient (adam, sgd) is felt at far smaller values.

@@ -94,3 +94,13 @@ def save_run(directory, interactions, config=CONFIG, **options):
     progress = {"best": 0.5, "best_epoch": 1, "stale": 0, "seconds": 1.0}
     Checkpoints(directory, info.run).save(Checkpoint(2, flatten(best, "best") | flatten(last, "last"), progress))
     return directory
+
+
+def leaves(directory, epoch):
+    return Checkpoints(directory).load(epoch).leaves
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)

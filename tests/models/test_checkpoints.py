@@ -22,7 +22,7 @@ from models.training.checkpoints import CheckpointError, Checkpoints, flatten, l
 from models.training.compare import compare
 from models.training.files import read_history
 from models.training.training_data import make_training_data
-from tests.models.saved_runs import ToyProgram, save_run
+from tests.models.saved_runs import ToyProgram, assert_same, leaves, save_run
 
 ROOT = Path(__file__).parents[2]
 CONFIG = make_config(
@@ -51,16 +51,6 @@ def finished(prepared, tmp_path_factory):
     """The folder of a finished run, to copy, and its result."""
     directory = tmp_path_factory.mktemp("finished")
     return directory, loop.train(prepared, CONFIG, "sevo-adamw", directory)
-
-
-def leaves(directory, epoch):
-    return Checkpoints(directory).load(epoch).leaves
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
 def stop_after(monkeypatch, epoch, error=RuntimeError):

@@ -25,6 +25,7 @@ from models.training import loop
 from models.training.checkpoints import Checkpoints, load_run
 from models.training.files import read_history
 from models.training.training_data import make_training_data
+from tests.models.saved_runs import assert_same, leaves
 
 # In these tests the negative of a query depends on its user alone, so that it is the same however users are batched.
 NEGATIVE_STRIDE = 7
@@ -242,10 +243,7 @@ def check_resuming(result, prepared, config, whole, epoch, directory):
     resumed = loop.train(prepared, config, config.optimizer, directory, resume=True)
     assert (resumed.losses, resumed.test) == (result.losses, result.test)
     assert read_history(directory / "history.jsonl", epoch) == kept  # how long epochs took is never the same twice
-    first, second = (Checkpoints(one).load(config.epochs).leaves for one in (whole, directory))
-    assert first.keys() == second.keys()
-    for name in first:
-        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    assert_same(leaves(whole, config.epochs), leaves(directory, config.epochs))
 
 
 def check_a_run(config, directory):
