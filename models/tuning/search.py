@@ -166,7 +166,7 @@ class _Search:
 
     def _check_same(self) -> None:
         """Refuses to mix two searches."""
-        base = self.space.base.to_dict() | {"attributes": self.space.attributes and str(self.space.attributes)}
+        base = dataclasses.replace(self.space.base, **({"attributes": None} | self.space.kept)).to_dict()
         described = {name: base[name] for name in base if name not in MAY_DIFFER or name in ("epochs", "patience")}
         described |= {"search": " ".join(self.space.describe()), "pruner": self.pruner}
         described |= {"fingerprint": fingerprint(self.interactions, self.space.base.split)}

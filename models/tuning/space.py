@@ -3,12 +3,12 @@
 import dataclasses
 import itertools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from models.architectures.registry import model_class
-from models.checks import LOSS_OPTIONS, OF_GRAPH, shortened
+from models.checks import GRAPH_OPTIONS, LOSS_OPTIONS, OF_GRAPH, shortened
 from models.config import SMOOTHING, SourceConfig, TrainConfig
 
 FORMS = "NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C"
@@ -108,14 +108,15 @@ class Space:
     """A configuration, and which of its options are searched.
 
     Attributes:
-      base: the configuration of everything else; where the graph is searched, without attributes.
+      base: the configuration of everything else.
       searched: the options, those that decide about others first.
-      attributes: the table that graphs of attributes are built from, where the graph is searched.
+      kept: where the graph or the loss is searched, values of what belongs to one of them, such as the table of
+        attributes or the number of negatives: trials that have that graph or loss hold them, no others may.
     """
 
     base: TrainConfig
     searched: tuple[Range | Choices, ...]
-    attributes: Path | None = None
+    kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def suggest(self, trial: Trial) -> dict[str, Any]:
         """Values for a trial, by field, of those options that count with the others' values."""
@@ -160,8 +161,22 @@ class Space:
         ]
 
     def _with(self, values: Mapping[str, Any]) -> TrainConfig:
-        attributes = self.attributes if "attributes" in values.get("graph", ()) else self.base.attributes
-        return dataclasses.replace(self.base, **values, attributes=attributes) if values else self.base
+        return _holding(
+            {x: y for x, y in self.kept.items() if x not in values}, dataclasses.replace(self.base, **values)
+        )
+
+
+def _belonging(config: TrainConfig, deciding: Collection[str]) -> dict[str, Any]:
+    """The values of the options that belong to one graph or one loss, if the graph or the loss is among the names."""
+    names = {*(GRAPH_OPTIONS if "graph" in deciding else ()), *(LOSS_OPTIONS if "loss" in deciding else ())}
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in names}
+
+
+def _holding(kept: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
+    """The configuration with those of the values that its graph and loss may hold, and the usual ones of the others."""
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    held = {name: GRAPH_OPTIONS.get(name) in config.graph or config.loss in LOSS_OPTIONS.get(name, ()) for name in kept}
+    return dataclasses.replace(config, **{name: kept[name] if held[name] else usual[name] for name in kept})
 
 
 def heeds(config: TrainConfig, name: str) -> bool:
@@ -200,12 +215,9 @@ def parse_space(texts: Sequence[str], values: Mapping[str, Any]) -> Space:
     """
     kind = model_class(values["model"]).config_class
     attributes = values.get("attributes")
-    graphs = [text for text in texts if field_of(text) == "graph"]
-    searches_graph = bool(graphs) or (not texts and attributes is not None)
-    if searches_graph and values.get("graph_weights"):
-        raise ValueError("graph_weights belong to one choice of graphs; leave them out, or do not search for the graph")
-    # Attributes without their graph are refused; here they are for those trials that have it.
-    base = kind.from_dict(dict(values) | ({"attributes": None} if searches_graph else {})).checked()
+    given = kind.from_dict(values)
+    # What is refused without its graph or loss is here for those trials that have it.
+    base = _holding(_belonging(given, ("graph", "loss")), given).checked()
     if not texts:
         usual = {name: _usual(name, base) for name in USUAL if name in _hints(kind)}
         if attributes is not None or model_class(base.model).query == "user":
@@ -213,12 +225,16 @@ def parse_space(texts: Sequence[str], values: Mapping[str, Any]) -> Space:
         texts = [f"{name}={value}" for name, value in usual.items() if heeds(base, name)]
         if not texts:
             raise ValueError(f"search must name options of {base.model}, which has none of {', '.join(USUAL)}")
+    kept = _belonging(given, [field_of(text) for text in texts])
+    base = _holding(kept, given).checked()
+    if "graph" in map(field_of, texts) and base.graph_weights:
+        raise ValueError("graph_weights belong to one choice of graphs; leave them out, or do not search for the graph")
     searched = [_parse(text, base, attributes) for text in texts]
     names = [option.name for option in searched]
     if len(set(names)) < len(names):
         raise ValueError(f"search must name each option once, got {' '.join(names)}")
     searched.sort(key=lambda option: option.name not in FIRST)
-    space = Space(base, tuple(searched), attributes if searches_graph else None)
+    space = Space(base, tuple(searched), kept)
     deciding = [option.name for option in searched if option.name in FIRST]
     for option in searched:
         if not deciding and not heeds(base, option.name):

@@ -117,6 +117,31 @@ class TestSpace:
         assert space.config(space.suggest(Fixed(graph="item-item", max_hops=2))).attributes is None
         assert not heeds(space.base, "gbce_t")
 
+    @pytest.mark.parametrize(
+        ("texts", "options", "theirs", "others"),
+        [
+            (["graph=item-item,shared-users"], {"max_neighbors": 5}, {"graph": "shared-users"}, {"graph": "item-item"}),
+            (
+                ["graph=item-item,shared-users"],
+                {"max_neighbors": 5, "graph": ("shared-users",)},
+                {"graph": "shared-users"},
+                {"graph": "item-item"},
+            ),
+            (["loss=bce,gbce"], {"num_negatives": 5}, {"loss": "gbce"}, {"loss": "bce"}),
+        ],
+    )
+    def test_what_belongs_to_a_choice_is_for_the_trials_that_make_it(self, texts, options, theirs, others):
+        space = parse_space(texts, SASREC | options)
+        (name, value) = next(iter(options.items()))
+        assert getattr(space.config(space.suggest(Fixed(**theirs))), name) == value
+        usual = type(space.base)()
+        assert getattr(space.config(space.suggest(Fixed(**others))), name) == getattr(usual, name)
+
+    def test_a_searched_value_is_not_replaced_by_that_of_the_rest(self):
+        space = parse_space(["graph=item-item,shared-users", "max-neighbors=5,10"], SASREC | {"max_neighbors": 20})
+        found = space.config(space.suggest(Fixed(graph="shared-users", max_neighbors="10")))
+        assert found.max_neighbors == 10
+
     def test_where_it_starts(self):
         assert parse_space(["beta", "num-layers=2,3", "num-heads=1:2"], SASREC).start() == {
             "beta": 0.99,
