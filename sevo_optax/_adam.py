@@ -50,7 +50,8 @@ def scale_by_adam_corrected(
       u_t &= \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t) + \bar\varepsilon} + \varepsilon}
       \end{align*}
 
-    so that :math:`u_t = u_{t-1}` while the row is idle (Theorem 3). Where no row is idle, and for all leaves other
+    so that :math:`u_t = u_{t-1}` while the row is idle (Theorem 3), up to rounding: moments in half precision cannot
+    follow for more than some hundred steps. Where no row is idle, and for all leaves other
     than ``tables``, this is :func:`optax.scale_by_adam`, bit for bit. The correction suits embedding tables alone: the
     row of a dense kernel whose input stays zero for thousands of steps would go on moving along its last gradient.
 

@@ -307,14 +307,18 @@ def terms(
     """The series for any linear ``product``, see :func:`series`."""
     if method == "exact":
         tolerance = EXACT_TOLERANCE[np.dtype(x.dtype).name]
+        # The solver squares its residuals: those of small gradients would vanish. Powers of two change no digit.
+        scale = jnp.ldexp(
+            jnp.ones((), x.dtype), jnp.frexp(jnp.max(jnp.abs(jax.lax.stop_gradient(x)), initial=0))[1] - 1
+        )
         solution, _ = jax.scipy.sparse.linalg.cg(
             lambda y: y - beta * product(y),
-            (1 - beta) * x,
-            x0=x,
+            (1 - beta) * (x / scale),
+            x0=x / scale,
             tol=tolerance,
             maxiter=_most_iterations(jax.lax.stop_gradient(beta), tolerance),
         )
-        return solution
+        return solution * scale
     # Without the loop, a batch stays folded from one product to the next, and nothing is copied into the loop's carry.
     unroll = True if isinstance(num_layers, int) and num_layers <= 8 else None
     if method == "iterative":

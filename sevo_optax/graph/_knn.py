@@ -133,7 +133,8 @@ def knn(
     else:
         found = _indexed_neighbours(points, k, metric, progress)
     row, column, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    weight = 1 / (1 + unit * np.sqrt(-score)) if metric == "euclidean" else unit**2 * score
+    with np.errstate(over="ignore"):  # infinite weights are refused below
+        weight = 1 / (1 + unit * np.sqrt(-score)) if metric == "euclidean" else unit * (unit * score)
     if metric == "cosine":
         weight = np.minimum(weight, 1)  # rounding may exceed it
     directed = scipy.sparse.coo_array((weight, (ids[row], ids[column])), shape=(num_nodes,) * 2).tocsr()

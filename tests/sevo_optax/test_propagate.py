@@ -458,6 +458,19 @@ def test_exact_form_warns_where_it_has_not_converged(x, weights):
     smooth(x, weights, beta=0.99, method="exact")
 
 
+def test_exact_form_is_linear_in_the_scale(x, weights):
+    """Gradients may be so small that their squares are no numbers any more."""
+    x = x.astype(np.float32)
+    run = jax.jit(lambda x: smooth(x, weights, beta=0.99, method="exact"))
+    for exponent in (-90, -60, 60, 120):
+        np.testing.assert_array_equal(run(np.ldexp(x, exponent)), np.ldexp(run(x), exponent))
+    assert not run(np.zeros_like(x)).any()
+    both = np.stack([x, np.ldexp(x, -60)])
+    np.testing.assert_allclose(jax.vmap(run)(both)[1], np.ldexp(run(x), -60), rtol=1e-5)
+    slope = jax.grad(lambda x: run(x)[0].sum())(x)
+    np.testing.assert_allclose(slope, jax.grad(lambda x: run(x)[0].sum())(8 * x), rtol=1e-4, atol=1e-7)
+
+
 def test_exact_form_ends_where_there_is_no_solution(x):
     """Raw weights passed off as normalised ones, in bounded time: ten iterations a number would take hours."""
     raw = scipy.sparse.diags_array([1.0, 1.0], offsets=[-1, 1], shape=(20_000, 20_000)).tocsr()
