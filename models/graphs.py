@@ -177,6 +177,8 @@ def shared_users(interactions: Interactions, max_neighbors: int) -> BCOO:
     num_nodes = interactions.num_items + 1
     neighbors, similarities = nearest_items(interactions, min(max_neighbors, interactions.num_items))
     row, place = np.nonzero(similarities)
+    if not row.size:  # no two items have a user in common
+        return graph.from_scipy(scipy.sparse.csr_array((num_nodes, num_nodes)))
     column, weight = neighbors[row, place], similarities[row, place]
     # Those that both ends count weigh the same from either.
     return graph.from_edges(row, column, weight, num_nodes=num_nodes, symmetrize="max")

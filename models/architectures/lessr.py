@@ -39,7 +39,8 @@ class LESSRConfig(PrefixConfig):
     """Dropout on what goes into the layers, the readout and the last projection."""
     separate_prefixes: bool = False
     """Whether each prefix is a row of its own: needed where an item repeats in a history. Otherwise all prefixes of a
-    user take one pass: much faster, and the same but for batch statistics and shared dropout."""
+    user take one pass: much faster, and the same but for batch statistics and shared dropout, and that of a history
+    longer than max_length a prefix has its newest half at least, not always all of it."""
 
     def _at_least_zero(self) -> tuple[str, ...]:
         return ("num_blocks", *super()._at_least_zero())

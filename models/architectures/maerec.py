@@ -684,8 +684,8 @@ class MAERec(SequenceRecommender):
         anybody = Proposal(None, None, None, num_items)
         strangers = NegativeSampler(strangers_before, offsets, anybody, num_items, longest=num_items)
         drawn = strangers.sample(key, jnp.broadcast_to(nodes[:, None], shape))
-        # A node that is everybody's neighbour has nothing but edges.
-        lonely = offsets[nodes + 1] - offsets[nodes] >= num_items
+        # A node that is everybody's neighbour has nothing but edges; the row for padding has none, but for its own.
+        lonely = (nodes == 0) | (offsets[nodes + 1] - offsets[nodes] >= num_items)
         return jnp.where(lonely[:, None], anything, drawn)
 
     def _reward(self, loss: jax.Array, resampled: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from models.feeds import Batch
 from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys, stacked_xavier_uniform, symmetric_uniform
 
 # The published initialisation: embeddings and the attention's output projection are xavier-normal, the feed-forward
-# part keeps the default of a PyTorch convolution.
+# part keeps the default of a PyTorch convolution. JAX leaves a normal's tails out, behind 2.3 standard deviations.
 xavier_normal = nnx.initializers.xavier_normal()
 fan_in_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 

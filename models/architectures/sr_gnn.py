@@ -42,7 +42,8 @@ class SRGNNConfig(PrefixConfig):
     from, see the model."""
     separate_prefixes: bool = False
     """Whether each prefix is a row of its own: needed where an item repeats in a history. Otherwise all prefixes of a
-    user take one pass: the same queries, much faster."""
+    user take one pass: much faster, and the same queries, but that of a history longer than max_length a prefix has its
+    newest half at least, not always all of it."""
 
 
 class SRGNN(SequenceRecommender):

@@ -69,7 +69,8 @@ class Attention(nnx.Module):
           key: random key for dropout; None: evaluation.
           causal: whether a token sees itself and earlier ones only.
           padding: shape (rows, row_length), int32: if given, the number of blank places that a token sees besides, each
-            with a memory of zeros.
+            with a memory of zeros. Dropout keeps or drops them together, where padded rows would drop each by itself;
+            what they add is a share of the values' bias.
 
         Returns:
           Shape (rows, row_length, embedding_dim).

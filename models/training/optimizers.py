@@ -70,11 +70,14 @@ def make_stages(
             return clip | {"moments": optax.scale_by_adam(**adam)} | decay | step
         case "sevo-adamw":
             # sevo_adamw, for any number of tables.
-            corrected = scale_by_adam_corrected(**adam, tables=nodes.rows)
-            moments = corrected if config.moment_correction else optax.scale_by_adam(**adam)
+            corrects = config.moment_correction and nodes.rows
+            moments = scale_by_adam_corrected(**adam, tables=nodes.rows) if corrects else optax.scale_by_adam(**adam)
             return clip | {"moments": moments} | smoothing | decay | step
         case "sevo-gradient":
-            corrected = adamw_corrected(rate, **adam, weight_decay=weight_decay, mask=decay_mask, tables=nodes.rows)
+            options = {**adam, "weight_decay": weight_decay, "mask": decay_mask}
+            corrected = (
+                adamw_corrected(rate, **options, tables=nodes.rows) if nodes.rows else optax.adamw(rate, **options)
+            )
             return clip | smoothing | {"adamw": corrected}
         case "sevo-gradient-uncorrected":
             return clip | smoothing | {"adamw": optax.adamw(rate, **adam, weight_decay=weight_decay, mask=decay_mask)}

@@ -97,7 +97,9 @@ def make_diagnose(
     Without smoothing both updates are the same.
     """
     smoothers = [name for name in stages if name.startswith("sevo ")]
-    probe = smoothers[0] if smoothers else "decay"
+    # Where it would stand without smoothing: behind Adam's moments, as in Algorithm 1.
+    names = list(stages)
+    probe = smoothers[0] if smoothers else names[names.index("moments") + 1]
 
     def diagnose(
         state: nnx.State,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.config import SELECTION, TrainConfig
 from models.files import LOCK, claim, read_json, write_json, write_text
-from models.memory import OutOfMemoryError
+from models.memory import OutOfMemoryError, out_of_memory_told
 from models.training import loop
 from models.training.checkpoints import MAY_DIFFER, fingerprint, is_run
 from models.training.files import curve, read_history
@@ -217,12 +217,15 @@ class _Search:
         settings = self.space.suggest(trial)
         trial.set_user_attr("number", number)
         reported: set[int] = set()
+        pruned = False
 
         def follow(epoch: int, value: float) -> bool:
+            nonlocal pruned
             if epoch not in reported:
                 trial.report(value, epoch)
                 reported.add(epoch)
-            return epoch == self.space.base.epochs or not trial.should_prune()
+            pruned = epoch < self.space.base.epochs and trial.should_prune()
+            return not pruned
 
         def watch(epoch: int, value: float) -> bool:
             return follow(epoch, value) and (deadline is None or time.monotonic() < deadline)
@@ -234,12 +237,13 @@ class _Search:
         try:
             if all(follow(*point) for point in points):
                 config = self.space.config(settings)
-                result = train(self._data.prepared(config), config, folder, watch)
+                with out_of_memory_told():
+                    result = train(self._data.prepared(config), config, folder, watch)
                 value = result.validation[SELECTION]
             else:
                 state = "pruned"
         except StoppedError:
-            if deadline is not None and time.monotonic() >= deadline and not trial.should_prune():
+            if not pruned:
                 return None
             state = "pruned"
         except loop.DivergedError as error:
@@ -381,7 +385,8 @@ def _open_study(path: Path, base: TrainConfig, pruner: Pruner) -> "optuna.Study"
 
     return optuna.create_study(
         study_name="sevo-optax",
-        storage=JournalStorage(JournalFileBackend(str(path))),
+        # Its lock is a link to this path: a relative one would be looked up from the link's own folder.
+        storage=JournalStorage(JournalFileBackend(str(path.absolute()))),
         direction="maximize",
         pruner=_pruner(pruner, base),
         load_if_exists=True,
@@ -395,8 +400,30 @@ def _pruner(name: Pruner, base: TrainConfig) -> "optuna.pruners.BasePruner":
         return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=base.epochs // 10)
     if name == "successive-halving":
         least = max(base.eval_every, base.epochs // 27)
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=3)
+        return _halving(least)
     return optuna.pruners.NopPruner()
+
+
+def _halving(least: int) -> "optuna.pruners.BasePruner":
+    """Successive halving that does not compare with trials that were broken off: others went on in their place."""
+    import optuna
+    from optuna.trial import TrialState
+
+    class Unbroken:
+        def __init__(self, study: "optuna.Study") -> None:
+            self._study = study
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._study, name)
+
+        def get_trials(self, **options: Any) -> list["optuna.trial.FrozenTrial"]:
+            return [trial for trial in self._study.get_trials(**options) if trial.state != TrialState.FAIL]
+
+    class Halving(optuna.pruners.SuccessiveHalvingPruner):
+        def prune(self, study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> bool:
+            return super().prune(Unbroken(study), trial)
+
+    return Halving(min_resource=least, reduction_factor=3)
 
 
 def _sampler(seed: int, number: int) -> "optuna.samplers.BaseSampler":

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from models.architectures.registry import model_class
-from models.checks import GRAPH_OPTIONS, LOSS_OPTIONS, OF_GRAPH, shortened
-from models.config import SMOOTHING, SourceConfig, TrainConfig
+from models.checks import GRAPH_OPTIONS, LOSS_OPTIONS, Heeded, check_heeded, shortened, unheeded
+from models.config import SourceConfig, TrainConfig
 
 FORMS = "NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C"
 # The ranges of names that are given none. A decay in the gradient (adam, sgd) is felt at far smaller values.
@@ -22,8 +22,6 @@ USUAL = {
     "max_hops": "1:3",
 }
 DECAY_IN_GRADIENT = "1e-8:1e-2:log"
-# What decides whether others count stands first.
-FIRST = ("optimizer", "graph", "smoothing", "loss")
 # What names and describes a run, or decides what it is measured by: not the search's to choose.
 FIXED = (
     *(field.name for field in dataclasses.fields(SourceConfig)),
@@ -152,7 +150,7 @@ class Space:
 
         They have every choice, and both ends of every range, of the searched options that others need.
         """
-        needed = {condition.option for conditions in self.base.heeded.values() for condition in conditions}
+        needed = set().union(*(_needs(name, self.base.heeded) for name in self.base.heeded))
         deciding = [option for option in self.searched if option.name in needed]
         names = [option.name for option in deciding]
         return [
@@ -188,14 +186,7 @@ def heeds(config: TrainConfig, name: str) -> bool:
     >>> heeds(make_config(), "max_hops"), heeds(make_config(graph=("shared-users",)), "max_hops")
     (True, False)
     """
-    if name in SMOOTHING and not config.optimizer.startswith("sevo-"):
-        return False
-    for graph, options in OF_GRAPH.items():
-        if name in options:
-            return graph in config.graph
-    if name == "num_layers":
-        return config.smoothing != "exact"
-    return config.loss in LOSS_OPTIONS.get(name, (config.loss,))
+    return unheeded(config, name) is None
 
 
 def parse_space(texts: Sequence[str], values: Mapping[str, Any]) -> Space:
@@ -233,24 +224,38 @@ def parse_space(texts: Sequence[str], values: Mapping[str, Any]) -> Space:
     names = [option.name for option in searched]
     if len(set(names)) < len(names):
         raise ValueError(f"search must name each option once, got {' '.join(names)}")
-    searched.sort(key=lambda option: option.name not in FIRST)
+    order = _deciders_first(names, base.heeded)
+    searched.sort(key=lambda option: order.index(option.name))
     space = Space(base, tuple(searched), kept)
-    deciding = [option.name for option in searched if option.name in FIRST]
+    deciding = [name for name in names if any(name in _needs(x, base.heeded) for x in base.heeded)]
     for option in searched:
-        if not deciding and not heeds(base, option.name):
-            raise ValueError(
-                f"search: {option.name} makes no difference with these options ({_why(base, option.name)})"
-            )
+        if not deciding:
+            check_heeded([base], {option.name: _describe(option).partition("=")[2]})
         for value in option.ends:
-            if option.name in FIRST or heeds(base, option.name):
+            if option.name in deciding or heeds(base, option.name):
                 space.config({option.name: value})
     return space
 
 
-def _why(base: TrainConfig, name: str) -> str:
-    if name in SMOOTHING and not base.optimizer.startswith("sevo-"):
-        return f"optimizer {base.optimizer}"
-    return f"loss {base.loss}, smoothing {base.smoothing}, graph {' '.join(base.graph)}"
+def _needs(name: str, heeded: Heeded) -> set[str]:
+    """The options that decide whether one makes a difference."""
+    return {condition.option for condition in heeded.get(name, ())} - {name}
+
+
+def _deciders_first(names: Sequence[str], heeded: Heeded) -> list[str]:
+    """The names with those first that others among them need; else as they come."""
+    order: list[str] = []
+
+    def add(name: str) -> None:
+        for needed in (x for x in names if x in _needs(name, heeded)):
+            add(needed)
+        if name not in order:
+            order.append(name)
+
+    needed = [name for name in names if any(name in _needs(x, heeded) for x in names)]
+    for name in (*needed, *names):
+        add(name)
+    return order
 
 
 def field_of(text: str) -> str:

@@ -199,6 +199,26 @@ def test_kernels_are_smoothed_along_their_columns(nodes):
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
+@pytest.mark.parametrize("name", ["sevo-gradient", "sevo-adamw"])
+def test_kernels_alone_have_no_idle_rows_to_correct(nodes, name):
+    alone = dataclasses.replace(nodes, groups=(("out",),))
+    params = {"out": jax.random.normal(jax.random.key(0), (3, 6))}
+    grads = {"out": jax.random.normal(jax.random.key(1), (3, 6))}
+    config = make_config("sasrec", learning_rate=0.1, weight_decay=0.0)
+    tx = optax.named_chain(*make_stages(name, config, alone).items())
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    smoothed = {"sevo-gradient": grads["out"], "sevo-adamw": jnp.sign(grads["out"])}[name]  # of the first step
+    expected = smooth(smoothed.T, nodes.adjacency, beta=config.beta).T
+    expected = -0.1 * (jnp.sign(expected) if name == "sevo-gradient" else expected)
+    np.testing.assert_allclose(updates["out"], expected, rtol=1e-4)
+
+
+def test_items_that_share_no_users_have_no_edges():
+    strangers = Interactions.from_sequences([[1], [2], [3]])
+    assert graphs.shared_users(strangers, 5).nse == 0
+    assert graphs.shared_users(strangers, 5).shape == (4, 4)
+
+
 def test_diagnostics_of_nested_tables_and_kernels(nodes):
     class Feed:
         max_num_targets = None
