@@ -204,6 +204,8 @@ class Evaluate:
 
         run = load_run(self.checkpoint, self.which)
         config = self._config(run.info.config)
+        for name in ("per_user", "output"):
+            refuse_same(name, getattr(self, name), {"data": config.data})  # which may be the run's
         interactions = load_and_describe(config)
         same_data = run.info.trained_on(interactions)
         if not same_data:

@@ -164,10 +164,10 @@ class Compare(RunOptions):
         config = _config(self)
         check_numbers(dataclasses.replace(config, seed=config.seed + self.seeds - 1))  # the last of them
         arms = ("closed-form",) if config.optimizer == "closed-form" else self.arms
+        each = [dataclasses.replace(config, optimizer=arm).checked() for arm in arms]
         if not self._goes_on(self.output_dir):
             if arms != self.arms and "arms" in self.given:
                 raise ValueError(f"arms is not heeded by model {config.model}, got {' '.join(self.arms)}; leave it out")
-            each = [dataclasses.replace(config, optimizer=arm) for arm in arms]
             check_heeded(each, _given(self), called={"optimizer": "arms "})
         prepared = _prepare(config, self.output_dir)
         diverged = None

@@ -61,7 +61,9 @@ def download(url: str, path: Path, *, md5: str | None = None, timeout: float = T
     with _writing(path) as file:
         try:
             with contextlib.ExitStack() as stack:
-                bar = _Bar(desc=path.name, total=1, unit="B", unit_scale=True, dynamic_ncols=True, delay=0.5)
+                silent = bool(os.environ.get("TQDM_DISABLE"))  # tqdm itself has read it when it was imported
+                options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "delay": 0.5, "disable": silent}
+                bar = _Bar(desc=path.name, total=1, **options)
 
                 def close_later(response: requests.Response, **_: Any) -> None:
                     stack.callback(response.close)

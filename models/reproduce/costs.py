@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from models.reproduce.runner import (
     select_rows,
 )
 from models.reproduce.tables import Row, Table
+from models.training.progress import SILENCE
 
 # Of the JSON.
 FORMAT = 1
@@ -188,7 +190,8 @@ def measure(configs: dict[Optimizer, TrainConfig]) -> dict[Optimizer, ArmCosts]:
     programs = {arm: Program(data.prepared(config), config, arm, [0]) for arm, config in configs.items()}
     training: dict[Optimizer, list[float]] = {arm: [] for arm in configs}
     inference: dict[Optimizer, list[float]] = {arm: [] for arm in configs}
-    for number in tqdm(range(1, ROUNDS + 2), desc="rounds, the first compiles", leave=False, disable=None):
+    silent = bool(os.environ.get(SILENCE)) or None  # None: where there is no terminal
+    for number in tqdm(range(1, ROUNDS + 2), desc="rounds, the first compiles", leave=False, disable=silent):
         for arm, program in programs.items():
             with _timed(training[arm]):
                 program.epoch(number)

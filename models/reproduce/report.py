@@ -17,7 +17,7 @@ from models.reproduce.claims import claim_lines
 from models.reproduce.pictures import draw_curves, draw_table, draw_who_gains, smoothness_lines
 from models.reproduce.status import duration, seconds_of
 from models.reproduce.summaries import RowCells, TableCells, average_gains
-from models.reproduce.tables import METRICS, PLAIN, Measured, Published, Table
+from models.reproduce.tables import METRICS, PLAIN, Measured, Published, Table, table_names
 from models.training.time_to_quality import MEASURES
 
 NONE = "–"
@@ -131,7 +131,9 @@ def _section(found: TableCells, results_dir: Path, cells: Sequence[Cell]) -> tup
     missing = not_run(found, cells)
     if missing:
         command = f"python -m models reproduce --{table.name.replace('-', ' ', 1)}"
-        if not table.name.startswith(("table-", "figure-")):
+        if table.name not in table_names():  # one's own is given as a file
+            command = f"python -m models reproduce --table {table.name}.yaml"
+        elif not table.name.startswith(("table-", "figure-")):
             command = f"python -m models reproduce --table {table.name}"
         does = "measures" if table.measured else "trains"
         parts.append(

@@ -8,9 +8,12 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ from models.reproduce.cells import PORTABLE, REVISIONS, Cell, Cells, cell_path, 
 from models.reproduce.maps import umap_class
 from models.reproduce.tables import PLAIN, Dataset, Row, SeedGroup, Table
 from models.training.files import read_history
+from models.training.progress import POSITION
 
 if TYPE_CHECKING:
     from models.training.run import Result
@@ -242,8 +246,9 @@ def train(jobs: Sequence[Job]) -> None:
                 continue
             config, group = claimed[0].config, claimed[0].group
             try:
-                _teach(claimed[0], data)
-            except ValueError as error:
+                with out_of_memory_told():
+                    _teach(claimed[0], data)
+            except (ValueError, OSError) as error:
                 failed.append(group.name)
                 print(f"{group.name}: its teacher: {error}", file=sys.stderr, flush=True)
                 continue
@@ -253,7 +258,7 @@ def train(jobs: Sequence[Job]) -> None:
                 with out_of_memory_told():
                     prepared = data.prepared(config)
                     results = loop.train_seeds(prepared, config, group.arm, seeds, folders, resume=True)
-            except ValueError as error:  # of this run alone: data, files or memory do not fit, or it diverged
+            except (ValueError, OSError) as error:  # of this run alone: data, files or memory, or it diverged
                 failed.append(group.name)
                 print(f"{group.name}: {error}", file=sys.stderr, flush=True)
                 results = error.results if isinstance(error, loop.DivergedError) else [None] * len(claimed)
@@ -372,29 +377,72 @@ def usual_workers() -> int:
 def train_side_by_side(jobs: Sequence[Job], workers: int) -> None:
     """Trains in several processes, each on its share of the cores.
 
+    Ctrl-C or SIGTERM has each of them save after its epoch, a second one ends them at once.
+
     Raises:
       ValueError: if one of them failed; it has said why.
     """
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_worker, args=(jobs, i, workers)) for i in range(workers)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join()
-    finally:
-        for process in processes:
-            process.terminate()
+    with _terminated_as_interrupted():
+        with _unheard(signal.SIGINT):
+            for process in processes:
+                process.start()
+        try:
+            for process in processes:
+                process.join()
+        finally:
+            while any(process.is_alive() for process in processes):
+                for process in processes:
+                    process.terminate()
+                with contextlib.suppress(KeyboardInterrupt):
+                    for process in processes:
+                        process.join()
     failed = sum(process.exitcode != 0 for process in processes)
     if failed:
         raise ValueError(f"{failed} of {workers} workers failed, see above; the same command goes on from here")
+
+
+@contextlib.contextmanager
+def _unheard(number: int) -> Iterator[None]:
+    """Keeps a signal from processes that are started here, for good: a terminal sends Ctrl-C to all of them at once.
+
+    Those who tell them to stop would tell them a second time, which means at once.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # when the first process starts it, it lets the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Has SIGTERM raise ``KeyboardInterrupt``, as Ctrl-C does; outside the main thread signals are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _worker(jobs: Sequence[Job], index: int, workers: int) -> None:
     if hasattr(os, "sched_setaffinity"):  # Linux
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[index::workers] or cores)
-    os.environ["TQDM_POSITION"] = str(index)
+    os.environ[POSITION] = str(index)
     try:
         with out_of_memory_told():
             train(jobs)

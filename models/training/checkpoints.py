@@ -53,6 +53,8 @@ ELSEWHERE = ("attend_padding", "mask_probability", "mask_last_probability", "tie
 
 # A run may go on although these differ: they do not change what an epoch does.
 MAY_DIFFER = ("data", "cache_dir", "epochs", "patience", "logger", "per_user")
+# Files that graphs are made of.
+FILES = ("attributes", "vectors")
 
 
 class CheckpointError(ValueError):
@@ -179,6 +181,8 @@ class RunInfo:
             raise CheckpointError(f"{directory} was trained with model={other.config.model}, not {self.config.model}")
         for field in dataclasses.fields(self.config):
             ours, theirs = getattr(self.config, field.name), getattr(other.config, field.name)
+            if field.name in FILES and self.graph and other.graph and ours and theirs:
+                ours, theirs = ours.name, theirs.name  # wherever they lie: what is in them is compared below
             if field.name not in may_differ and ours != theirs:
                 raise CheckpointError(
                     f"{directory} was trained with {field.name}={theirs}, not {ours}; "

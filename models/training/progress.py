@@ -10,8 +10,8 @@ from typing import Any, Self
 from models.config import SELECTION
 from models.processes import is_first
 
-# tqdm's own variable, so that processes started from here, and whatever else draws bars, are silent as well.
-SILENCE = "TQDM_DISABLE"
+# tqdm's own variables, so that processes started from here, and whatever else draws bars, are silent as well.
+SILENCE, POSITION = "TQDM_DISABLE", "TQDM_POSITION"
 
 
 @contextlib.contextmanager
@@ -59,7 +59,10 @@ class Progress:
         if not self._silent and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=epochs, initial=done, desc=name, unit="epoch", dynamic_ncols=True)
+            # tqdm reads its variables when it is imported; a process that has others beside it sets this one later.
+            position = os.environ.get(POSITION)
+            line = None if position is None else int(position)
+            self._bar = tqdm(total=epochs, initial=done, desc=name, unit="epoch", dynamic_ncols=True, position=line)
             self._bar.set_postfix_str("compiling")
 
     def __enter__(self) -> Self:

@@ -337,6 +337,7 @@ def begun(monkeypatch):
             "num_layers is not heeded by smoothing exact",
         ),
         ("compare --model popularity --arms adamw sgd", "arms is not heeded by model popularity, got adamw sgd"),
+        ("compare --arms adamw closed-form", "optimizer must be one of adamw, sevo-adamw"),
         ("tune --optimizer adamw --beta 0.5", "beta is not heeded by optimizer adamw, got 0.5; leave it out or give"),
         (
             "tune --search optimizer=adamw,sgd beta=0.1:0.5",

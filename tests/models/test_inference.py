@@ -400,6 +400,15 @@ def test_evaluate_gives_what_training_gave(trained, tmp_path, capsys):
     assert "test: HR@1 0." in printed
 
 
+def test_evaluate_replaces_no_data(trained, capsys):
+    run, _ = trained
+    data = run.parent / "data.csv"
+    before = data.read_bytes()
+    error = error_of(capsys, "evaluate", "--checkpoint", run, "--per-user", data)
+    assert f"per_user: {data} is the file of data as well; give another file" in error
+    assert data.read_bytes() == before
+
+
 def test_evaluate_otherwise(trained, capsys):
     run, result = trained
     expected = evaluate(

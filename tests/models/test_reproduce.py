@@ -1,10 +1,14 @@
 import csv
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import statistics
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -28,6 +32,7 @@ from models.reproduce.tables import METRICS, load_table, table_names
 from models.training import compare, loop
 from models.training.files import read_history, write_text
 from models.training.training_data import make_training_data
+from tests.models import stopped_workers
 
 DRAWING = ("training_curves", "panels", "bars", "maps", "clusters")
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
@@ -490,6 +495,44 @@ def test_workers_share_the_cells(one_row, capfd):
     begun = [line for line in capfd.readouterr().out.splitlines() if line.startswith("tiny: ")]
     assert sorted(begun) == [f"tiny: tiny-sasrec-bce-sevo-adamw, seed {seed}" for seed in (0, 1)]
     assert cells() == ["tiny-sasrec-bce-sevo-adamw-seed0", "tiny-sasrec-bce-sevo-adamw-seed1"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signals as of Unix")
+def test_workers_stop_politely_and_once(tmp_path, monkeypatch):
+    """A terminal sends Ctrl-C to workers too: a second word from here would end them before they have saved."""
+    monkeypatch.setattr(runner, "_worker", stopped_workers.work)
+
+    def stop():
+        while len(list(tmp_path.glob("begun-*"))) < 2:
+            time.sleep(0.05)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGINT)
+        time.sleep(0.5)
+        assert not list(tmp_path.glob("saved-*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.train_side_by_side(tmp_path, 2)
+    thread.join()
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
+
+
+def test_what_one_run_lacks_keeps_no_other_from_being_trained(one_row, monkeypatch, capsys):
+    data = runner.PreparedData
+
+    class Partly(data):
+        def prepared(self, config):
+            if config.seed == 0:
+                raise FileNotFoundError("cannot download it")
+            return super().prepared(config)
+
+    monkeypatch.setattr(runner, "PreparedData", Partly)
+    with pytest.raises(ValueError, match="tiny-sasrec-bce-sevo-adamw failed, see above; the other cells are there"):
+        reproduce(arms=("sevo-adamw",))
+    assert "tiny-sasrec-bce-sevo-adamw: cannot download it\n" in capsys.readouterr().err
+    assert cells() == ["tiny-sasrec-bce-sevo-adamw-seed1"]
 
 
 def test_as_many_workers_as_the_machine_has_room_for(folder, monkeypatch):
@@ -1320,7 +1363,9 @@ class TestCosts:
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
         assert ["SASRec", "adamw", "2", "1.00", "–", "2", "500", "0.50", "2"] in lines
         assert ["", "sevo-adamw", "2", "1.20", "+20%", "2", "–", "0.50", "–"] in lines
-        assert "(`python -m models reproduce --table costs --data-dir DIR` measures it):\n\n* MF-BPR on tiny" in text
+        assert (
+            "(`python -m models reproduce --table costs.yaml --data-dir DIR` measures it):\n\n* MF-BPR on tiny" in text
+        )
         found = TableCells.of(load_table("costs.yaml"), Cells(Path("results")))
         (overhead,) = [claim for claim in CLAIMS if claim.tables == ("figure-3",)]
         verdict = overhead.judge({"figure-3": found})

@@ -1,6 +1,7 @@
 """Vectors of items: the file, and the graph of nearest neighbours made of it."""
 
 import dataclasses
+import shutil
 import sys
 
 import numpy as np
@@ -108,6 +109,12 @@ def test_the_files_of_a_graph_are_part_of_the_run(file, tmp_path):
     write_item_vectors(file, np.array([10, 20]), np.eye(2))
     after = RunInfo.of("sevo-adamw", config, TRAIN)
     assert before.run != after.run
+    # The same file somewhere else is the same.
+    moved = (tmp_path / "moved" / file.name).resolve()
+    moved.parent.mkdir()
+    shutil.copy(file, moved)
+    there = RunInfo.of("sevo-adamw", dataclasses.replace(config, vectors=moved), TRAIN)
+    assert there.continuing(after, TRAIN, tmp_path).run == after.run
     with pytest.raises(CheckpointError, match=r"was trained when .*items\.npz held something else"):
         after.continuing(before, TRAIN, tmp_path)
 
