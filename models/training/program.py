@@ -97,9 +97,6 @@ def make_diagnose(
     Without smoothing both updates are the same.
     """
     smoothers = [name for name in stages if name.startswith("sevo ")]
-    # Where it would stand without smoothing: behind Adam's moments, as in Algorithm 1.
-    names = list(stages)
-    probe = smoothers[0] if smoothers else names[names.index("moments") + 1]
 
     def diagnose(
         state: nnx.State,
@@ -122,11 +119,13 @@ def make_diagnose(
 
         updates = jax.grad(loss_fn)(params)
         for name, stage in stages.items():
-            if name == probe:
-                raw = smoothed = updates
+            if name in smoothers[:1]:
+                raw = updates
             updates, _ = stage.update(updates, opt_state[name], params)
             if name in smoothers:
                 smoothed = updates
+            elif name == "moments" and not smoothers:  # where smoothing would stand, as in Algorithm 1
+                raw = smoothed = updates
 
         def nodes(tree: Any, group: Group) -> jax.Array:
             """The values of a group's tables, one row a node."""
