@@ -240,10 +240,7 @@ class Tune(RunOptions):
 
         space = parse_space(self.search, _values(self, kept=_searched_for(self)))
         if not self._goes_on(self.output_dir):
-            texts = {option.name: text for option, text in zip(space.searched, space.describe(), strict=True)}
-            asked = {name: text.partition("=")[2] for name, text in texts.items()} if self.search else {}
-            called = {name: f"search {text}," for name, text in texts.items()}
-            check_heeded(space.variants(), _given(self) | asked, called=called)
+            check_heeded(space.variants(), _given(self), called=space.called)
         from models.training.loggers import check_installed
         from models.tuning import search
 

@@ -145,6 +145,11 @@ class Space:
         """The options as :func:`parse_space` reads them."""
         return [_describe(option) for option in self.searched]
 
+    @property
+    def called(self) -> dict[str, str]:
+        """What stands on the command line before a further value, by option: see ``check_heeded``."""
+        return {option.name: f"search {text}," for option, text in zip(self.searched, self.describe(), strict=True)}
+
     def variants(self) -> list[TrainConfig]:
         """Configurations of which one heeds an option if any trial's does.
 
@@ -228,9 +233,9 @@ def parse_space(texts: Sequence[str], values: Mapping[str, Any]) -> Space:
     searched.sort(key=lambda option: order.index(option.name))
     space = Space(base, tuple(searched), kept)
     deciding = [name for name in names if any(name in _needs(x, base.heeded) for x in base.heeded)]
+    asked = {option.name: _describe(option).partition("=")[2] for option in searched}
+    check_heeded(space.variants(), asked, called=space.called)
     for option in searched:
-        if not deciding:
-            check_heeded([base], {option.name: _describe(option).partition("=")[2]})
         for value in option.ends:
             if option.name in deciding or heeds(base, option.name):
                 space.config({option.name: value})

@@ -89,6 +89,7 @@ class TestSpace:
             (["vectors=a.npz,b.npz"], {}, "names no option that may be searched"),
             (["clip-norm"], {}, "clip_norm has no usual range"),
             (["beta", "beta=0.1,0.2"], {}, "search must name each option once, got beta beta"),
+            (["beta", "max-hops"], {"optimizer": "adamw"}, "is not heeded by optimizer adamw"),
             (
                 ["beta"],
                 {"optimizer": "adamw"},
