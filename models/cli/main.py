@@ -137,6 +137,11 @@ class Train(RunOptions, DeviceOptions):
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in result.test.items()))
         print(f"({result.protocol})")
         print(f"results: {self.output_dir / 'result.json'}, curve: {self.output_dir / 'curve.png'}")
+        if config.per_user and not (self.output_dir / "per_user.csv").exists():
+            print(
+                "it was finished before, and is kept as it is, without per_user.csv: "
+                f"python -m models evaluate --checkpoint {self.output_dir} --per-user FILE writes one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,8 @@ class Reproduce:
     seeds: int = 3
     """How many seeds: 0, 1, …."""
     epochs: int | None = None
-    """Stop so early; asked for more, a run goes on later (left out: as published)."""
+    """Stop so early; asked for more, a run goes on later (left out: as published). Best a multiple of eval_every: the
+    last epoch is evaluated in any case, and a run that goes on keeps that."""
     workers: int | None = None
     """Processes that train side by side, each on its share of the cores (left out: on a CPU one a core, if there are
     2 GiB of memory for each; on an accelerator one)."""

@@ -56,7 +56,10 @@ def test_a_second_run_does_not_replace_the_first(data, tmp_path, capsys):
     status, _, err = run(capsys, *arguments)
     assert status == 2
     assert "holds a run already; go on with --resume, replace it with --overwrite" in err
-    assert run(capsys, *arguments, "--resume")[0] == 0
+    status, out, _ = run(capsys, *arguments, "--resume")
+    assert (status, "per_user" in out) == (0, False)
+    status, out, _ = run(capsys, *arguments, "--resume", "--per-user")
+    assert (status, "models evaluate --checkpoint" in out.splitlines()[-1]) == (0, True)
     assert (tmp_path / "out" / "result.json").read_bytes() == before
     assert run(capsys, *arguments, "--overwrite")[0] == 0
     assert (tmp_path / "out" / "result.json").read_bytes() != before  # its seconds
