@@ -301,9 +301,14 @@ def describe(adjacency: BCOO, heading: str, output_dir: Path) -> Iterator[str]:
     plots.graph_degrees(matrix, output_dir / "degrees.png", title=heading)
     yield f"weights: {output_dir / 'weights.npz'}, degrees: {output_dir / 'degrees.png'}"
     drawing = output_dir / "drawing.png"
-    if adjacency.shape[0] <= LARGEST_DRAWING:
+    why_not = ""
+    if adjacency.shape[0] > LARGEST_DRAWING:
+        why_not = f"{adjacency.shape[0]:,} nodes are more than {LARGEST_DRAWING}"
+    elif not scipy.sparse.triu(matrix, k=1).nnz:
+        why_not = "no two nodes are connected"
+    if why_not:
+        drawing.unlink(missing_ok=True)  # of an earlier graph
+        yield f"no drawing: {why_not}"
+    else:
         plots.graph_drawing(matrix, drawing, title=heading)
         yield f"drawing: {drawing}"
-    else:
-        drawing.unlink(missing_ok=True)  # of an earlier, smaller graph
-        yield f"no drawing: {adjacency.shape[0]:,} nodes are more than {LARGEST_DRAWING}"

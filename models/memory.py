@@ -56,6 +56,7 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
       config: the run, resolved. Options that a model does not have count as 0.
       interactions: the data.
     """
+    from models.architectures.registry import model_class
 
     def option(name: str) -> int:
         return getattr(config, name, None) or 0
@@ -65,6 +66,10 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
     longest = min(int(interactions.lengths.max()), max_length or sys.maxsize)
     users = min(config.batch_size, interactions.num_users)
     tokens = max(longest, users * min(len(interactions) // interactions.num_users, longest))
+    in_batch = {"batch_size": users, "max_length": longest}
+    if not hasattr(config, "max_length"):  # batch_size counts pairs of a user and an item
+        tokens = longest = min(config.batch_size, len(interactions))
+        in_batch = {"batch_size": tokens}
     if hasattr(config, "separate_prefixes"):  # batch_size counts prefixes: one token each, or one row each
         prefixes = min(config.batch_size, len(interactions))
         tokens = prefixes * longest if config.separate_prefixes else max(longest, prefixes)
@@ -83,12 +88,12 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
         Need(
             f"the layers of {tokens:,} tokens a batch, {dim:,} numbers wide",
             NUMBER * WIDTHS_A_BLOCK * max(1, blocks) * tokens * dim,
-            _largest(batch_size=users, max_length=longest, embedding_dim=dim, num_blocks=blocks),
+            _largest(**in_batch, embedding_dim=dim, num_blocks=blocks),
         ),
         Need(
             f"attention between up to {longest:,} tokens of a row",
             NUMBER * KEPT * blocks * tokens * longest * option("num_heads"),
-            _largest(batch_size=users, max_length=longest, num_blocks=blocks, num_heads=option("num_heads")),
+            _largest(**in_batch, num_blocks=blocks, num_heads=option("num_heads")),
         ),
         Need(f"the scores of {USERS_AT_ONCE} users for {items:,} items", NUMBER * KEPT * USERS_AT_ONCE * items, "data"),
         Need(
@@ -97,6 +102,9 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
             "ks",
         ),
     ]
+    if model_class(config.model).query == "user":
+        what = f"the embeddings of {interactions.num_users:,} users, {dim:,} numbers each"
+        needs.append(Need(what, stored * interactions.num_users * dim, "embedding_dim"))
     if recurrent:
         weights = 3 * hidden * (dim + (2 * recurrent - 1) * hidden)
         most = _largest(hidden_dim=hidden, num_gru_layers=recurrent)

@@ -118,6 +118,9 @@ class Train(RunOptions, DeviceOptions):
             from models.mesh import make_mesh
 
             mesh = make_mesh(self.mesh)
+            processes.check_same(
+                "meshes or table shardings", f"{sorted(mesh.shape.items())} {self.table_sharding}"[:64]
+            )
         prepared = _prepare(config, self.output_dir, 1 if mesh is None else mesh.size)
         layout = None if mesh is None else _layout(mesh, self.table_sharding, config, prepared)
         result = loop.train(

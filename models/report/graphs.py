@@ -11,7 +11,7 @@ import scipy.sparse
 from models.architectures.registry import model_class
 from models.config import GraphConfig
 from models.data import Interactions, load_interactions, split_interactions
-from models.graphs import build_graph, describe_graphs
+from models.graphs import build_graph, describe_graphs, files_digest, graph_files
 from models.report.runs import EMBEDDED, Arm, Group
 from models.training.checkpoints import RunInfo
 from sevo_optax import graph
@@ -28,19 +28,21 @@ class ReportedGraph:
       summary: the graph in a few numbers.
       degrees: how many nodes have 0, 1, 2 … neighbours.
       items: shape (items, items), its part over the items alone.
+      origin: tells it from others, whatever their titles say.
     """
 
     title: str
     summary: graph.GraphSummary
     degrees: np.ndarray
     items: scipy.sparse.csr_array
+    origin: Any
 
     @classmethod
-    def of(cls, title: str, adjacency: Any, num_items: int, num_special: int) -> Self:
+    def of(cls, arm: Arm, adjacency: Any, num_items: int, num_special: int) -> Self:
         """Describes a graph over the rows of an item table, or over users and these rows.
 
         Args:
-          title: what it is made from.
+          arm: one that smooths over it.
           adjacency: raw weights, BCOO.
           num_items: size of the catalogue.
           num_special: rows of the item table that are no items; row 0 is one of them.
@@ -50,7 +52,8 @@ class ReportedGraph:
         bare.eliminate_zeros()
         first = matrix.shape[0] - (num_items + num_special) + 1  # users stand in front
         items = scipy.sparse.csr_array(bare[first : first + num_items, first : first + num_items])
-        return cls(title, graph.summary(adjacency), np.bincount(np.diff(bare.indptr)), items)
+        degrees = np.bincount(np.diff(bare.indptr))
+        return cls(_title(arm), graph.summary(adjacency), degrees, items, _origin(arm))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Source:
         """The graph that an arm smooths over, and for a plain one the only one; None: there is none, or several."""
         if len(self.graphs) == 1:
             return self.graphs[0]
-        return None if arm.plain else next((x for x in self.graphs if x.title == _title(arm)), None)
+        return None if arm.plain else next((x for x in self.graphs if x.origin == _origin(arm)), None)
 
 
 def source_of(group: Group, data: Path | None = None) -> Source:
@@ -114,22 +117,28 @@ def known_source(group: Group, interactions: Interactions, train: Interactions, 
     config = group.arms[0].config
     graphs: tuple[ReportedGraph, ...] = ()
     if adjacency is not None and not all(arm.plain for arm in group.arms):
-        title = _title(group.arms[0])
         special = model_class(config.model).num_special
-        graphs = (ReportedGraph.of(title, adjacency, interactions.num_items, special),)
+        graphs = (ReportedGraph.of(group.arms[0], adjacency, interactions.num_items, special),)
     return Source(f"{interactions}.", _counts(train), graphs)
 
 
 def _graphs(arms: Sequence[Arm], train: Interactions) -> tuple[ReportedGraph, ...]:
     found: dict[Any, ReportedGraph] = {}
     for arm in arms:
-        key = tuple(getattr(arm.config, name) for name in GRAPH_FIELDS)
-        if arm.plain or key in found:
+        if arm.plain or _origin(arm) in found:
             continue
+        if (files := arm.runs[0].files) and files != files_digest(arm.config):
+            held = " or ".join(map(str, graph_files(arm.config)))
+            raise ValueError(f"{held} held something else in training")
         special = model_class(arm.config.model).num_special
         adjacency = build_graph(train, arm.config, special)
-        found[key] = ReportedGraph.of(_title(arm), adjacency, train.num_items, special)
+        found[_origin(arm)] = ReportedGraph.of(arm, adjacency, train.num_items, special)
     return tuple(found.values())
+
+
+def _origin(arm: Arm) -> tuple[Any, ...]:
+    """What an arm's graph is made from: options, and what was in the files that they name."""
+    return (*(getattr(arm.config, name) for name in GRAPH_FIELDS), arm.runs[0].files)
 
 
 def _title(arm: Arm) -> str:

@@ -210,6 +210,7 @@ class TrainedModel:
                 f"{self.config.model} has no table of users; give the histories instead (--history, --histories, or "
                 "recommend)"
             )
+        _check_list(users, "users")
         ids = self.users.ids
         numbers = []
         for raw in users:
@@ -234,6 +235,7 @@ class TrainedModel:
 
     def _numbers(self, raw: Iterable[Any], what: str) -> np.ndarray:
         """The numbers of items, 0 for unknown ids; ``what`` is what an error says of ids that cannot be any."""
+        _check_list(raw, what)
         numbers = []
         for raw_id in raw:
             try:
@@ -414,6 +416,14 @@ def in_catalogue(interactions: Interactions, item_ids: np.ndarray, *, min_user_i
         f"items matched by their ids: removed {np.sum(number[occurring] == 0):,} unknown items, {unknown:,} "
         f"interactions with them and {interactions.num_users - kept.num_users:,} users"
     )
+
+
+def _check_list(raw: Any, what: str) -> None:
+    """Refuses a single id where several are wanted: its letters would be taken for ids."""
+    if isinstance(raw, str | bytes):
+        raise ValueError(
+            f"{what} must be a list of ids, got {shortened(raw)}; for a single one give [{shortened(raw)}]"
+        )
 
 
 def _power_of_two(number: int) -> int:

@@ -92,7 +92,8 @@ class Loggers:
         self._path = directory / LOGGERS
         known = self._known() if names else {}
         self._ids = known
-        self._active: dict[str, RunLogger] = {name: MAKE[name](directory, epochs, known.get(name)) for name in names}
+        self._all: dict[str, RunLogger] = {name: MAKE[name](directory, epochs, known.get(name)) for name in names}
+        self._active: dict[str, RunLogger] = {}
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Starts all of them.
@@ -100,12 +101,12 @@ class Loggers:
         Raises:
           ValueError: if one cannot be used, in one line.
         """
-        for name, logger in list(self._active.items()):
+        for name, logger in self._all.items():
             try:
                 with _own_warnings():
                     logger.start(config)
+                self._active[name] = logger
             except Exception as error:  # each has errors of its own
-                del self._active[name]
                 self.close("failed")
                 raise ValueError(f"logger {name} cannot be used: {_reason(error)}; leave it out, or mend it") from error
         named = {name: logger.id for name, logger in self._active.items() if logger.id is not None}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import sys
 import time
@@ -171,7 +172,7 @@ class Run:
         holds_run = self._holds_run(resume=resume, overwrite=overwrite)  # now that nobody else changes it
         self.info = self._info()
         check_same("data", self.info.data)
-        check_same("options", self.info.run)
+        check_same("options", _options_digest(self.config, self.optimizer))
         check_same("versions of the program", program_digest() if num_processes() > 1 else "")
         if holds_run and not overwrite:
             found = RunInfo.read(self.directory)
@@ -377,9 +378,9 @@ class Run:
 
         best = (float("-inf"), 0, params) if self.best is None else self.best
         trees = {"last": params, "best": best[2], "opt_state": opt_state}
-        leaves, shapes = leaves_of(trees), {}
+        # What is split over devices is written by each of them; no process may have all of it.
+        leaves, shapes = leaves_of(trees, *(() if self.split_shapes is None else (lambda leaf: leaf,))), {}
         if self.split_shapes is not None:
-            leaves = leaves_of(trees, lambda leaf: leaf)
             params, opt_state = self.split_shapes
             like = leaves_of({"last": params, "best": params, "opt_state": opt_state}, lambda leaf: leaf.shape)
             shapes = {name: shape for name, shape in like.items() if shape != leaves[name].shape}
@@ -465,3 +466,10 @@ def peak_memory() -> int:
         return on_device or 0
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _options_digest(config: TrainConfig, optimizer: Optimizer) -> str:
+    """A digest of all that processes must agree on: unlike a run that goes on, they must stop after the same epoch."""
+    paths = ("data", "cache_dir", "attributes", "vectors", "logger")
+    values = {name: value for name, value in config.to_dict().items() if name not in paths} | {"optimizer": optimizer}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

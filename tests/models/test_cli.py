@@ -560,6 +560,17 @@ def test_a_large_graph_is_not_drawn(data, tmp_path, capsys):
     assert not (out / "drawing.png").exists()
 
 
+def test_a_graph_without_edges_is_not_drawn(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(capsys, "graph", "--data", data, "--output-dir", out)[0] == 0
+    rows = [f"{user},{user}{time},{time}" for user in "abc" for time in (1, 2, 3)]  # one item each is trained on
+    (tmp_path / "strangers.csv").write_text("\n".join(["user,item,time", *rows, ""]))
+    status, printed, _ = run(capsys, "graph", "--data", tmp_path / "strangers.csv", "--output-dir", out)
+    assert status == 0
+    assert "no drawing: no two nodes are connected" in printed
+    assert not (out / "drawing.png").exists()
+
+
 @pytest.mark.parametrize("name", ["weights.npz", "degrees.png", "drawing.png"])
 @pytest.mark.parametrize("content", [b"of mine", b"", b"PK\x05\x06 of mine", b"\x93NUMPY\x01\x00 of mine"])
 def test_a_graph_does_not_replace_what_is_none(data, tmp_path, capsys, name, content):

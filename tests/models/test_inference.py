@@ -142,6 +142,21 @@ def test_bad_requests(recommender, histories, k, message):
         recommender.recommend(histories, k=k)
 
 
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"only_items": "item 1"}, "only_items"),
+        ({"exclude_items": "item 1"}, "exclude_items"),
+        ({"candidates": ["item 1"]}, "candidates: number 0"),
+    ],
+)
+def test_one_id_is_no_list_of_letters(recommender, options, what):
+    with pytest.raises(
+        ValueError, match=rf"^{what} must be a list of ids, got 'item 1'; for a single one give \['item 1'\]$"
+    ):
+        recommender.recommend([["item 1"]], k=3, **options)
+
+
 def test_some_items_only(recommender):
     (all_of_them,) = recommender.recommend([["item 1"]], k=40)
     (only,) = recommender.recommend([["item 1"]], k=40, only_items=["item 1", "item 7", "item 9", "nothing known"])

@@ -114,10 +114,13 @@ def test_a_failure_later_ends_the_logger_alone(prepared, tmp_path, fake, capsys)
     train(prepared, tmp_path / "other", "wandb")
 
 
-def test_a_failure_at_the_start_is_refused(prepared, tmp_path, fake):
+def test_a_failure_at_the_start_is_refused(prepared, tmp_path, fake, capsys):
     fake.failing = "start"
     with pytest.raises(ValueError, match=r"^logger wandb cannot be used: no route; leave it out, or mend it$"):
         train(prepared, tmp_path, "tensorboard", "wandb")
+    with pytest.raises(ValueError, match=r"^logger wandb cannot be used: no route"):
+        train(prepared, tmp_path, "wandb", "tensorboard", resume=True)
+    assert "given up" not in capsys.readouterr().err  # tensorboard was not started
     fake.failing = None
     assert len(train(prepared, tmp_path, "wandb", resume=True).losses) == 4
 

@@ -53,6 +53,19 @@ def test_prefixes_take_a_token_each_or_a_row():
         assert any(need.what.startswith(f"the states of {tokens} tokens") for need in needs)
 
 
+@pytest.mark.parametrize("model", ["mf-bpr", "lightgcn"])
+def test_pairs_take_one_place_each_and_users_a_table(model):
+    """Histories are longer than a batch has pairs, and neither model has a length of histories to lower."""
+    longer = Interactions.from_sequences([list(range(1, 3001))] * 3)
+    config = make_config(model, batch_size=2000, embedding_dim=1024)
+    needs = training_needs(config, longer)
+    assert any(need.what.startswith("the layers of 2,000 tokens") for need in needs)
+    (users,) = [need for need in needs if need.what.startswith("the embeddings of 3 users")]
+    assert users.size == 4 * COPIES * 3 * 1024
+    with pytest.raises(OutOfMemoryError, match=r"lower --(embedding-dim|batch-size)$"):
+        check_memory(needs, config, room=1000)
+
+
 def test_the_sum_counts():
     needs = [Need("one", 600, "batch_size"), Need("another", 500, "ks")]
     check_memory(needs, make_config(), room=1100)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from models.__main__ import main
-from models.architectures.registry import config_from_dict
+from models.architectures.registry import config_from_dict, make_config
 from models.config import SELECTION
-from models.data import load_interactions, split_interactions
+from models.data import load_interactions, split_interactions, write_item_vectors
 from models.graphs import build_graph
 from models.report import items, tables
 from models.report.graphs import known_source, source_of
@@ -131,14 +131,24 @@ class TestRuns:
         assert found == [0, 1, 0]
 
     def test_runs_over_other_files_are_no_seeds_of_one_another(self, tmp_path, data):
-        for name in ("text", "image"):
+        ids = load_interactions(make_config(data=data)).item_ids[1:]
+        for seed, name in enumerate(("text", "image")):
             vectors = tmp_path / name / "items.npz"
             vectors.parent.mkdir()
-            np.savez(vectors, item_ids=np.array([name]))
+            write_item_vectors(vectors, ids, np.random.default_rng(seed).normal(size=(len(ids), 3)))
             folder = tmp_path / name / "run"
             write_run(folder, "sevo-adamw", 0, graph=("knn",), vectors=str(vectors), data=str(data))
         (group,) = read_groups([tmp_path])
         assert len(group.arms) == 2
+        source = source_of(group)
+        found = [source.graph_of(arm) for arm in group.arms]
+        assert len({graph.title for graph in found}) == 1
+        assert found[0].items.nnz
+        for arm, graph in zip(group.arms, found, strict=True):
+            (alone,) = source_of(dataclasses.replace(group, arms=(arm,))).graphs
+            assert (graph.items != alone.items).nnz == 0
+        write_item_vectors(vectors, ids, np.ones((len(ids), 3)))
+        assert f"{vectors} held something else in training" in source_of(group).text
 
     def test_a_run_that_is_named_twice_counts_once(self, comparison):
         (group,) = read_groups([comparison / "adamw-0", comparison.parent, comparison])

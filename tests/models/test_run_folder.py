@@ -48,6 +48,15 @@ def trained(prepared, tmp_path, toy):
     return tmp_path / "run"
 
 
+def test_processes_must_agree_on_when_to_stop(prepared, tmp_path, toy, monkeypatch):
+    told = []
+    monkeypatch.setattr("models.training.run.check_same", lambda what, digest: told.append((what, digest)))
+    for number, options in enumerate([{}, {}, {"epochs": 4}, {"patience": 1}, {"cache_dir": tmp_path}]):
+        train(prepared, tmp_path / str(number), **options)
+    digests = [digest for what, digest in told if what == "options"]
+    assert [digest == digests[0] for digest in digests] == [True, True, False, False, True]
+
+
 def contents(folder):
     """Every file with what it holds and when it was written."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
