@@ -138,6 +138,8 @@ class GraphConfig:
     """Its column of attributes, several separated by '|'."""
 
 
+# The options of graphs that name a file: what is in it counts, not where it lies.
+GRAPH_FILES = ("attributes", "vectors")
 # Options of smoothing, which plain optimizers do not heed.
 SMOOTHING = (
     "beta",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from models.architectures.registry import config_from_dict
-from models.config import SMOOTHING, SourceConfig, TrainConfig
+from models.config import GRAPH_FILES, SMOOTHING, SourceConfig, TrainConfig
 from models.evaluation.groups import Groups
 from models.files import check_format, read_json, write_text
 from models.reproduce.tables import METRICS, PLAIN, SeedGroup
@@ -22,7 +22,7 @@ FORMAT = 3
 REVISIONS = {"sevo-gradient": 2}
 EARLIER = {"sevo-gradient": "corrected the moments of all tables, not of the smoothed ones alone"}
 # Files, of which only the name counts.
-PORTABLE = ("data", "attributes", "vectors")
+PORTABLE = ("data", *GRAPH_FILES)
 # What a run records and writes besides, and what does not change it.
 ASIDE = ("cache_dir", "diagnostics", "keep_epochs", "ks", "logger", "optimizer", "per_user")
 # Where the data come from. Which items are cold is another matter: it changes what is trained and asked.

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from models.architectures.base import Recommender
 from models.architectures.registry import config_from_dict, make_model, model_class
-from models.config import Optimizer, SplitMethod, TrainConfig
+from models.config import GRAPH_FILES, Optimizer, SplitMethod, TrainConfig
 from models.data import Interactions, ids_from_arrays, ids_to_arrays
 from models.files import check_format, read_json, write_bytes, write_json
 from models.graphs import files_digest, graph_files
@@ -53,8 +53,6 @@ ELSEWHERE = ("attend_padding", "mask_probability", "mask_last_probability", "tie
 
 # A run may go on although these differ: they do not change what an epoch does.
 MAY_DIFFER = ("data", "cache_dir", "epochs", "patience", "logger", "per_user")
-# Files that graphs are made of.
-FILES = ("attributes", "vectors")
 
 
 class CheckpointError(ValueError):
@@ -181,7 +179,7 @@ class RunInfo:
             raise CheckpointError(f"{directory} was trained with model={other.config.model}, not {self.config.model}")
         for field in dataclasses.fields(self.config):
             ours, theirs = getattr(self.config, field.name), getattr(other.config, field.name)
-            if field.name in FILES and self.graph and other.graph and ours and theirs:
+            if field.name in GRAPH_FILES and self.graph and other.graph and ours and theirs:
                 ours, theirs = ours.name, theirs.name  # wherever they lie: what is in them is compared below
             if field.name not in may_differ and ours != theirs:
                 raise CheckpointError(

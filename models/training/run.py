@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from models.architectures.registry import model_class
-from models.config import SELECTION, Optimizer, TrainConfig
+from models.config import GRAPH_FILES, SELECTION, Optimizer, TrainConfig
 from models.evaluation.groups import Groups, summarize_groups
 from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_bytes, write_json, write_text
 from models.processes import check_same, is_first, num_processes, on_first, program_digest, wait_for_all
@@ -470,6 +470,6 @@ def peak_memory() -> int:
 
 def _options_digest(config: TrainConfig, optimizer: Optimizer) -> str:
     """A digest of all that processes must agree on: unlike a run that goes on, they must stop after the same epoch."""
-    paths = ("data", "cache_dir", "attributes", "vectors", "logger")
-    values = {name: value for name, value in config.to_dict().items() if name not in paths} | {"optimizer": optimizer}
+    aside = ("data", "cache_dir", *GRAPH_FILES, "logger")
+    values = {name: value for name, value in config.to_dict().items() if name not in aside} | {"optimizer": optimizer}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -155,13 +155,17 @@ class Space:
 
         They have every choice, and both ends of every range, of the searched options that others need.
         """
-        needed = set().union(*(_needs(name, self.base.heeded) for name in self.base.heeded))
-        deciding = [option for option in self.searched if option.name in needed]
-        names = [option.name for option in deciding]
+        names = [option.name for option in self.deciding]
         return [
             self._with(dict(zip(names, values, strict=True)))
-            for values in itertools.product(*(option.ends for option in deciding))
+            for values in itertools.product(*(option.ends for option in self.deciding))
         ]
+
+    @property
+    def deciding(self) -> list[Range | Choices]:
+        """The searched options that others need, searched or not."""
+        needed = set().union(*(_needs(name, self.base.heeded) for name in self.base.heeded))
+        return [option for option in self.searched if option.name in needed]
 
     def _with(self, values: Mapping[str, Any]) -> TrainConfig:
         return _holding(
@@ -232,12 +236,11 @@ def parse_space(texts: Sequence[str], values: Mapping[str, Any]) -> Space:
     order = _deciders_first(names, base.heeded)
     searched.sort(key=lambda option: order.index(option.name))
     space = Space(base, tuple(searched), kept)
-    deciding = [name for name in names if any(name in _needs(x, base.heeded) for x in base.heeded)]
     asked = {option.name: _describe(option).partition("=")[2] for option in searched}
     check_heeded(space.variants(), asked, called=space.called)
     for option in searched:
         for value in option.ends:
-            if option.name in deciding or heeds(base, option.name):
+            if option in space.deciding or heeds(base, option.name):
                 space.config({option.name: value})
     return space
 
