@@ -19,7 +19,7 @@ from models.cli import main as commands
 from models.training import loop
 from sevo_optax import graph
 
-SMALL = ["--epochs", "2", "--eval-every", "1", "--batch-size", "8", "--embedding-dim", "8", "--num-blocks", "1"]
+SMALL = ["--epochs", "2", "--eval-every", "1", "--batch-size", "8", "--embedding-dim", "8", "--num-blocks", "0"]
 SMALL += ["--max-length", "6"]
 
 
@@ -70,7 +70,7 @@ def test_a_second_run_does_not_replace_the_first(data, tmp_path, capsys):
 
 def test_a_preset_gives_way_to_options(data, tmp_path, capsys):
     preset = tmp_path / "mine.yaml"
-    preset.write_text("beta: 0.5\nlearning_rate: 0.25\nepochs: 1\neval_every: 1\nembedding_dim: 8\n")
+    preset.write_text("beta: 0.5\nlearning_rate: 0.25\nepochs: 1\neval_every: 1\nembedding_dim: 8\nnum_blocks: 0\n")
     out = tmp_path / "out"
     arguments = ["train", f"--preset={preset}", "--data", data, "--output-dir", out, "--learning-rate", "0.001"]
     assert run(capsys, *arguments)[0] == 0
@@ -108,7 +108,7 @@ def test_small_worlds(tmp_path, capsys, model, text, hits):
     path = tmp_path / "data.txt"
     path.write_text(text)
     out = tmp_path / "out"
-    options = ["--model", model, "--loss", "ce", "--num-heads", "1", *SMALL]
+    options = ["--model", model, "--loss", "ce", *SMALL, "--num-blocks", "1", "--num-heads", "1"]
     status, _, err = run(capsys, "train", "--data", path, "--output-dir", out, *options)
     assert status == 0, err
     result = json.loads((out / "result.json").read_text())

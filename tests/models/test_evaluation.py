@@ -37,7 +37,7 @@ def split():
 
 @pytest.mark.parametrize(("max_length", "chunk_size"), [(5, 256), (50, 16), (50, 70)])
 def test_ranks_equal_sorting_by_hand(split, max_length, chunk_size):
-    model = SASRec(40, max_length=max_length, embedding_dim=8, rngs=nnx.Rngs(0))
+    model = SASRec(40, max_length=max_length, embedding_dim=8, num_blocks=1, rngs=nnx.Rngs(0))
     ranking = FullRanking.prepare(
         split.test_history,
         split.test,
@@ -90,7 +90,7 @@ def test_nan_finds_nothing():
 
 
 def test_seen_items_are_ranked_on_request(split):
-    model = SASRec(40, max_length=8, embedding_dim=8, rngs=nnx.Rngs(1))
+    model = SASRec(40, max_length=8, embedding_dim=8, num_blocks=1, rngs=nnx.Rngs(1))
     options = {"model": SASRec, "config": make_config("sasrec", max_length=8), "chunk_size": 16}
     everything = FullRanking.prepare(split.test_history, split.test, exclude_seen=False, **options)
     unseen = FullRanking.prepare(split.test_history, split.test, **options)

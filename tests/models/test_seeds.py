@@ -21,7 +21,7 @@ from models.training.training_data import make_training_data
 from tests.models.saved_runs import ToyProgram
 
 CONFIG = make_config(
-    max_length=8, embedding_dim=8, num_blocks=1, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1
+    max_length=8, embedding_dim=8, num_blocks=0, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1
 )
 
 

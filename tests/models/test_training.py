@@ -35,7 +35,7 @@ def events(file):
 
 
 CONFIG = make_config(
-    max_length=8, embedding_dim=8, num_blocks=1, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1
+    max_length=8, embedding_dim=8, num_blocks=0, epochs=6, batch_size=20, eval_every=2, learning_rate=1e-2, seed=1
 )
 BCE = Loss(binary_cross_entropy, against_unseen=True)
 
