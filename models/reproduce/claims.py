@@ -108,6 +108,15 @@ def _iterative(found: Found) -> Verdict:
     return Verdict(holds, evidence)
 
 
+def _told_apart(difference: float, named: str, deviation: float | None, num_seeds: int) -> tuple[bool, str]:
+    """Whether means over seeds differ by more than two standard errors, and if not, a text that says so."""
+    if deviation is None:
+        return False, "; of one seed, so how much is noise is not known"
+    if difference > (noise := 2 * deviation * math.sqrt(2 / num_seeds)):
+        return True, ""
+    return False, f", {named} {noise:.4f} of noise (two standard errors) does not tell apart"
+
+
 def _layers(found: Found) -> Verdict:
     holds, evidence = [], []
     for row in found["table-4"].rows:
@@ -120,15 +129,15 @@ def _layers(found: Found) -> Verdict:
         best = max(values, key=values.__getitem__)
         seeds = ", ".join(str(cell.seed) for cell in compared[3].cells)
         text = f"{row.row.dataset}, seed {seeds}: best at L = {best} ({values[best]:.4f}; L = 3: {values[3]:.4f})"
-        deviation = finished(row, num_layers=3).deviation()
         lead = abs(values[3] - max(x for n, x in values.items() if n != 3))
-        if deviation is None:
-            text += "; of one seed, so how much is noise is not known"
-        elif lead > (noise := 2 * deviation * math.sqrt(2 / len(compared[3].cells))):
+        named, deviation = (
+            f"a lead of {lead:.4f} that" if best == 3 else "which",
+            finished(row, num_layers=3).deviation(),
+        )
+        decided, why = _told_apart(lead, named, deviation, len(compared[3].cells))
+        if decided:
             holds.append(best == 3)
-        else:
-            second = f"a lead of {lead:.4f} that" if best == 3 else "which"
-            text += f", {second} {noise:.4f} of noise (two standard errors) does not tell apart"
+        text += why
         evidence.append(text)
     return Verdict(holds, evidence)
 
@@ -200,15 +209,21 @@ def _genres(found: Found) -> Verdict:
     for beta in genres.row.vary["beta"]:
         compared = with_common_seeds(
             {
-                "nothing": finished(interactions, beta=0.0),
+                "adamw": finished(interactions, "adamw"),
                 "genres": finished(genres, beta=beta),
                 "interactions": finished(interactions, beta=beta),
             }
         )
         if compared:
             values = {name: summary.mean() for name, summary in compared.items()}
-            holds.append(values["nothing"] < values["genres"] < values["interactions"])
-            evidence.append(f"beta {beta}: {', '.join(f'{name} {value:.4f}' for name, value in values.items())}")
+            apart = abs(values["interactions"] - values["genres"])
+            deviation = finished(interactions, beta=beta).deviation()
+            named = f"the last two lie {apart:.4f} apart, which"
+            decided, why = _told_apart(apart, named, deviation, len(compared["interactions"].cells))
+            if decided:
+                holds.append(values["adamw"] < values["genres"] < values["interactions"])
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            evidence.append(f"beta {beta}: {figures}{why}")
     return Verdict(holds, evidence)
 
 

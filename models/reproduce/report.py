@@ -79,7 +79,9 @@ def write_report(results_dir: Path, tables: Sequence[Table]) -> list[Path]:
     if cells:
         devices = "; ".join(_distinct([cell.device for cell in cells]))
         parts.append(
-            READING.format(protocol=";\n  or ".join(protocols), versions="; or ".join(versions), devices=devices).rstrip()
+            READING.format(
+                protocol=";\n  or ".join(protocols), versions="; or ".join(versions), devices=devices
+            ).rstrip()
         )
     files = []
     for table in found:

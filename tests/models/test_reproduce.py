@@ -1461,6 +1461,32 @@ class TestClaims:
         assert "best at L = 3" in verdict.evidence[0]
         assert evidence in verdict.evidence[0]
 
+    @pytest.mark.parametrize(
+        ("genres", "holds", "evidence"),
+        [
+            ([0.0420], [], "genres 0.0420, interactions 0.0500; of one seed, so how much is noise is not known"),
+            ([0.0480, 0.0500], [], "the last two lie 0.0010 apart, which 0.0028 of noise (two standard errors)"),
+            ([0.0410, 0.0430], [True], "adamw 0.0300, genres 0.0420, interactions 0.0500"),
+            ([0.0590, 0.0610], [False], "adamw 0.0300, genres 0.0600, interactions 0.0500"),
+            ([0.0210, 0.0230], [False], "adamw 0.0300, genres 0.0220, interactions 0.0500"),
+        ],
+    )
+    def test_genres(self, folder, genres, holds, evidence):
+        scores = {"ml-1m-genres": genres, "ml-1m-interactions": [0.0490, 0.0510] if len(genres) == 2 else [0.0500]}
+        table = load_table("5")
+        for row in table.rows:
+            for group in row.groups:
+                if group.arm == "adamw" and row.name == "ml-1m-interactions":
+                    write_cells("table-5", group, [0.0300] * len(genres))
+                elif group.settings.get("beta") == 0.99:
+                    write_cells("table-5", group, scores[row.name])
+        (claim,) = [claim for claim in CLAIMS if claim.tables == ("table-5",)]
+        verdict = claim.judge({"table-5": TableCells.of(table, Cells(Path("results")))})
+        assert verdict.holds == holds
+        (text,) = verdict.evidence
+        assert text.startswith("beta 0.99: adamw 0.0300, ")
+        assert evidence in text
+
     def test_average_gains(self, folder, trained):
         reproduce(seeds=2)
         (row, _) = TableCells.of(load_table("tiny.yaml"), Cells(Path("results"))).rows
