@@ -1,4 +1,4 @@
-"""Interactions: where they come from, how they are filtered and split, and how they are packed for training."""
+"""Interactions: where they come from, how they are filtered, and how they are split."""
 
 from models.data.attributes import item_attributes as item_attributes
 from models.data.attributes import read_attributes as read_attributes

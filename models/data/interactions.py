@@ -90,6 +90,9 @@ class Interactions:
         items = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         if not items.size:
             raise ValueError("sequences hold no interaction; at least one is needed")
+        moments = None if times is None else [np.asarray(list(row)) for row in times]
+        if moments is not None and [len(row) for row in moments] != [len(row) for row in rows]:
+            raise ValueError("times must hold one time for each interaction of each user, as many a user as sequences")
         largest = int(items.max()) if num_items is None else num_items
         if items.min() < 1 or items.max() > largest:
             offender = int(items[(items < 1) | (items > largest)][0])
@@ -99,7 +102,7 @@ class Interactions:
             _offsets([len(row) for row in rows]),
             largest,
             user_ids=None if user_ids is None else np.asarray(user_ids),
-            times=None if times is None else np.concatenate([np.asarray(list(row)) for row in times]),
+            times=None if moments is None else np.concatenate(moments),
         )
 
     @property
@@ -129,7 +132,7 @@ class Interactions:
         return (self.items[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True))
 
     def __str__(self) -> str:
-        density = len(self) / (self.num_users * self.num_items)
+        density = len(self.distinct_pairs()[0]) / (self.num_users * self.num_items)
         return (
             f"{self.num_users:,} users, {self.num_items:,} items, {len(self):,} interactions "
             f"({density:.2%} of all pairs, {len(self) / self.num_users:.1f} a user)"

@@ -102,6 +102,7 @@ def _read(
     suffix = suffix_of(path)
     if data_format == "auto":
         data_format = SUFFIXES.get(suffix, "auto")
+        header = header and suffix != HEADLESS
     if data_format not in get_args(DataFormat)[1:]:
         raise ValueError(
             f"data: the suffix of {path} says nothing of its format; rename it to one of {', '.join(SUFFIXES)} "
@@ -110,7 +111,7 @@ def _read(
     if data_format == "s3rec":
         _check_no_columns(options, f"{path} is read as S3-Rec text")
         return _sequences(source)
-    table = open_table(source, data_format, header=header and suffix != HEADLESS)
+    table = open_table(source, data_format, header=header)
     return interactions_of(table, **options, num_rows=None if named is None else named.num_interactions)
 
 

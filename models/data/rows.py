@@ -32,8 +32,8 @@ USUAL_NAMES: dict[Role, tuple[str, ...]] = {
     ),
     "rating": ("rating", "overall", "score", "stars", "ratings", "ratingvalue", "reviewrating", "userrating"),
 }
-# In files without a header, columns are called by their place. Both MovieLens and Amazon publish user, item, rating and
-# time in this order.
+# In files without a header, columns are called by their place. MovieLens publishes user, item, rating and time in this
+# order, as Amazon did until 2014; from 2018 on its item comes first.
 USUAL_PLACES: dict[Role, tuple[str, ...]] = {"user": ("1",), "item": ("2",), "time": ("4",), "rating": ("3",)}
 NO_TIMES = "none"
 

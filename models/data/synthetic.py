@@ -46,6 +46,14 @@ def drifting_interests(
         raise ValueError(f"num_groups must lie between 1 and num_items={num_items}, got {num_groups}")
     if mean_length <= 5:
         raise ValueError(f"mean_length must be more than 5, the shortest history, got {mean_length}")
+    for name, value in {"stay_probability": stay_probability, "noise_probability": noise_probability}.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    if stay_probability == 1 and noise_probability == 0 and num_groups > 1:
+        raise ValueError(
+            "noise_probability must be larger than 0 where stay_probability is 1: a user never leaves a group then, "
+            "which may hold fewer items than a history"
+        )
     if num_users < 1:
         raise ValueError(f"num_users must be at least 1, got {num_users}")
     rng = np.random.default_rng(seed)

@@ -209,7 +209,7 @@ class _Text(Table):
         if not data:
             raise ValueError(f"{source} is empty; it needs at least one row")
         first_line = data.split(b"\n", 1)[0].rstrip(b"\r")
-        self._separator = {"csv": _csv_separator(first_line), "dat": "\x1f"}.get(table_format, "\t")
+        self._separator = {"csv": _csv_separator(source, first_line, header), "dat": "\x1f"}.get(table_format, "\t")
         if table_format == "dat":
             if b"::" not in first_line:
                 raise ValueError(f"{source}, line 1, has no '::'; the format is 'user::item::rating::time'")
@@ -280,8 +280,13 @@ class _Text(Table):
         )
 
 
-def _csv_separator(first_line: bytes) -> str:
+def _csv_separator(source: Source, first_line: bytes, header: bool) -> str:
     """The comma, unless the first line has none, but another usual separator."""
+    if not header and b"," in first_line and b";" in first_line:
+        raise ValueError(
+            f"{source}, line 1, has commas and semicolons, either of which may separate its columns; put a line that "
+            "names the columns above it, and leave out --no-header"
+        )
     return next((separator for separator in ",;\t|" if separator.encode() in first_line), ",")
 
 

@@ -52,7 +52,9 @@ class Proposal:
         num_items = len(counts) - 1
         if power == 0:
             return cls(None, None, None, num_items)
-        weights = np.where(counts[1:] > 0, np.asarray(counts[1:], np.float64) ** power, 0)
+        # Relative to the largest, or a large power would be more than a number can hold.
+        shares = np.asarray(counts[1:], np.float64) / counts[1:].max()
+        weights = np.where(counts[1:] > 0, shares**power, 0)
         probabilities = weights / weights.sum()
         threshold, alias = _alias_table(probabilities)
         with np.errstate(divide="ignore"):

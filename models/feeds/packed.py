@@ -24,7 +24,7 @@ from models.mesh import take
 
 # Rows that fill no batch are padded, and shuffling spreads the padding: a batch of so few rows may consist of it. Its
 # step would still decay the weights, and its loss of zero would count.
-FEW_ROWS = 3
+FEW_ROWS = 7
 
 
 class Batch(NamedTuple):

@@ -252,7 +252,7 @@ def gbce(
     over the queries :math:`T` that have a target, with :math:`N_t` as in :func:`sampled_softmax`. :math:`\alpha`, at
     most 1, is the share of the negatives that is sampled; without the exponent, a model trained so is overconfident.
     :math:`t = 0` is plain binary cross-entropy (:math:`\beta = 1`); :math:`t = 1` undoes the sampling
-    (:math:`\beta = \alpha`), so that :math:`\sigma(s)` is calibrated.
+    (:math:`\beta = \alpha`), so that :math:`\sigma(s)` is calibrated, if all items are drawn alike.
 
     A draw of the target itself is passed over. Items that the user has interacted with may be drawn.
 

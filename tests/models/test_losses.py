@@ -196,9 +196,6 @@ class Fixed(Recommender):
     def max_num_targets(self, num_tokens):
         return num_tokens
 
-    def corrupt(self, batch, key):
-        return batch
-
     def encode(self, batch, represented=None, key=None, candidates=None):
         vectors = self.hidden[...][None]
         if candidates is None:
