@@ -117,7 +117,8 @@ def sevo(
       TypeError: if an argument or the chosen leaf has the wrong type; floats of eight bits are refused.
       ValueError: if the weights are not square, symmetric, non-negative and finite, a number is out of range, a path
         names no leaf or several, or the table and the graph differ in their number of nodes. The message lists the
-        leaves. ``update`` also refuses a state whose graph has another number of nodes or entries.
+        leaves. ``update`` also refuses a state whose graph has another number of nodes or entries, or,
+        split by rows, of shards or rows a shard.
 
     Note:
       One NaN in a gradient reaches every row within :math:`L` hops of its own. :func:`optax.apply_if_finite` around the
@@ -364,7 +365,16 @@ def with_graphs(state: optax.OptState, like: optax.OptState) -> Any:
       >>> with_graphs(without_graphs(state), state).graph is state.graph
       True
     """
-    return _map_states(lambda leaf, fresh: leaf._replace(graph=fresh.graph), state, like)
+
+    def put_back(leaf: SEvoState, fresh: Any) -> SEvoState:
+        if not isinstance(fresh, SEvoState):
+            raise ValueError(
+                f"like must be a state of the same transformation, as tx.init(params) returns it, but where state has "
+                f"one of sevo it has {type(fresh).__name__}"
+            )
+        return leaf._replace(graph=fresh.graph)
+
+    return _map_states(put_back, state, like)
 
 
 def _map_states(change: Callable[..., SEvoState], *states: optax.OptState) -> Any:

@@ -98,7 +98,10 @@ class Shards(Sequence[scipy.sparse.csr_array]):
         return self._read(ranges)
 
     def summary(self) -> ShardSummary:
-        """What each device holds and exchanges; reads every shard once.
+        """What each device holds and exchanges if the nodes are those of one table; reads every shard once.
+
+        Several tables of one graph are split one by one, so that each device has a part of every table. That may be
+        more or less than what is counted here.
 
         Returns:
           A :class:`ShardSummary`.

@@ -43,9 +43,15 @@ def label(name: str) -> str:
     return repr(name.removesuffix("/value")) if name else "the tree itself"
 
 
+def _short(name: str, names: Sequence[str]) -> str:
+    """A path without the ``/value`` that Flax adds, where no other path begins like it."""
+    short = name.removesuffix("/value")
+    return name if any(other != name and other.startswith(f"{short}/") for other in names) else short
+
+
 def _describe(names: Sequence[str], leaves: Sequence[Any]) -> str:
     lines = [
-        f"  {name.removesuffix('/value') or '(the tree itself)'}: "
+        f"  {_short(name, names) or '(the tree itself)'}: "
         f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(getattr(leaf, 'shape', ()))}"
         for name, leaf in zip(names, leaves, strict=True)
     ]
@@ -59,7 +65,7 @@ def _suggest(names: Sequence[str], leaves: Sequence[Any], num_nodes: int | None)
     if not fitting:
         return "name the embedding table by its path"
     best = max(fitting, key=lambda i: (len(leaves[i].shape) == 2, math.prod(leaves[i].shape)))
-    return f"name the embedding table, as in tables={names[best].removesuffix('/value')!r}"
+    return f"name the embedding table, as in tables={_short(names[best], names)!r}"
 
 
 def find(

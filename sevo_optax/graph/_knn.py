@@ -224,8 +224,8 @@ def _indexed_neighbours(
         ) from None
     total = len(points)
     small = points.astype(np.float32)
-    # Of points with norm one, the nearest have the largest inner products, too.
-    distance = faiss.METRIC_INNER_PRODUCT if metric == "dot" else faiss.METRIC_L2
+    # Cosines are inner products of points with norm one. By distance, points of zeros would be nearer than most others.
+    distance = faiss.METRIC_L2 if metric == "euclidean" else faiss.METRIC_INNER_PRODUCT
     index = faiss.IndexHNSWFlat(small.shape[1], _LINKS, distance)
     index.hnsw.efConstruction = _BUILDING
     count = min(total, k + 1 + _SPARE)

@@ -205,6 +205,15 @@ INJECTED = [
 ]
 
 
+def test_inject_hyperparams_of_corrected_moments():
+    """Behind which no graph tells the axis of the nodes."""
+    params, grads = random_params(), random_params(1)
+    injected = optax.inject_hyperparams(adamw_corrected, static_args=("node_axis",))(0.1, b1=0.8, tables="item")
+    plain = adamw_corrected(0.1, b1=0.8, tables="item")
+    updates, _ = jax.jit(injected.update)(grads, injected.init(params), params)
+    assert_trees_close(updates, plain.update(grads, plain.init(params), params)[0])
+
+
 @pytest.mark.parametrize(
     ("factory", "options", "jit", "static_args"),
     [(*case, True, ()) for case in INJECTED]
@@ -338,6 +347,29 @@ def test_sevo_adamw_corrects_along_the_node_axis():
     assert_trees_close(run(sevo_adamw(0.1, WEIGHTS, "w", node_axis=1), transpose=False), expected)
     # Without the correction of node 3 the numbers are others.
     assert not np.allclose(run(sevo_adam(0.1, WEIGHTS, "w", node_axis=1), transpose=False), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", [sevo_adamw, sevo_adam])
+def test_the_first_moment_has_the_dtype_that_is_asked_for(make):
+    state = make(0.1, WEIGHTS, "w", mu_dtype=jnp.bfloat16).init({"w": jnp.ones((NODES, DIM))})
+    adam = next(x for x in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
+    assert adam.mu["w"].dtype == jnp.bfloat16
+    assert adam.nu["w"].dtype == jnp.float32
+
+
+def test_adam_has_its_small_numbers_in_their_places():
+    rng = np.random.default_rng(0)
+    adjacency = reference.normalize(np.asarray(WEIGHTS.todense(), np.float64))
+    grads = rng.normal(size=(3, NODES, DIM)) * (rng.random((3, NODES, 1)) < 0.6)
+    with enable_x64(True):
+        tx = sevo_adam(0.1, adjacency, b1=0.7, b2=0.8, eps=1e-3, eps_root=1e-4, beta=0.6, num_layers=2, normalize=False)
+        params = jnp.zeros((NODES, DIM))
+        state = tx.init(params)
+        directions = reference.adam_directions(grads, 0.7, 0.8, 1e-3, 1e-4, corrected=False)
+        for grad, direction in zip(grads, directions, strict=True):
+            updates, state = tx.update(jnp.asarray(grad), state, params)
+            wanted = -0.1 * reference.smooth(direction, adjacency, 0.6, 2)
+            np.testing.assert_allclose(updates, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_hyperparameters_reach_their_places():

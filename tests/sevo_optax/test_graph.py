@@ -333,6 +333,13 @@ def test_shared_attributes_takes_a_column_of_polars():
     np.testing.assert_array_equal(dense, [[0, 0, 1], [0, 0, 0], [1, 0, 0]])
 
 
+class NAType:
+    """As pandas marks what is missing: one object for all."""
+
+    def __repr__(self):
+        return "<NA>"
+
+
 @pytest.mark.parametrize(
     ("nodes", "attributes", "error", "match"),
     [
@@ -340,6 +347,7 @@ def test_shared_attributes_takes_a_column_of_polars():
         ([], [], ValueError, "nodes is empty"),
         ([0, 9], ["a", "b"], ValueError, r"nodes\[1\] = 9"),
         ([0, 1], ["a", None], ValueError, r"attributes\[1\] is None, a missing value"),
+        ([0, 1], ["a", NAType()], ValueError, r"attributes\[1\] is <NA>, a missing value"),
         ([0, 1], np.array([np.nan, 1.0]), ValueError, r"attributes\[0\] is nan"),
         ([0, 1], ["a", ["b"]], TypeError, r"attributes\[1\] is \['b'\], which is not hashable"),
         ([0, 1], "ab", TypeError, "attributes is a str"),

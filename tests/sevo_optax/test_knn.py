@@ -189,6 +189,15 @@ def test_an_index_finds_nearly_the_same(rng, monkeypatch, metric, mutual):
     np.testing.assert_array_equal(again.data, first.data)
 
 
+def test_vectors_of_zeros_keep_an_index_from_nothing(rng):
+    """By distance, they are nearer to any vector of norm one than most others are."""
+    pytest.importorskip("faiss")
+    vectors = rng.normal(size=(600, 64))
+    vectors[::3] = 0
+    expected, actual = (dense(graph.knn(vectors, 5, method=method)) for method in ("exact", "approximate"))
+    assert ((actual > 0) & (expected > 0)).sum() > 0.97 * (expected > 0).sum()
+
+
 @every_metric
 @pytest.mark.parametrize("k", [1, 4, 100])
 def test_an_index_of_few_vectors_equals_the_definition(rng, metric, k):

@@ -144,6 +144,8 @@ def test_state_of_another_graph_is_refused(weights, table):
     thinner[i, j] = thinner[j, i] = 0
     with pytest.raises(ValueError, match=r"start with tx\.init\(params\), or exchange the graph alone: with_graphs"):
         tx.update(table, sevo(thinner).init(table))
+    with pytest.raises(ValueError, match=r"like must be a state of the same transformation.* it has ArrayImpl"):
+        sevo_optax.with_graphs(sevo_optax.without_graphs(tx.init(jnp.asarray(table))), jnp.asarray(table))
     with pytest.raises(ValueError, match=r"holds no graph; put it back: with_graphs\(state, tx\.init\(params\)\)"):
         tx.update(table, sevo_optax.without_graphs(tx.init(table)))
     with pytest.raises(TypeError, match=r"the state of sevo.* is a ScaleByAdamState; wanted the SEvoState"):

@@ -223,6 +223,13 @@ def test_nnx_paths_end_in_value_at_init(weights):
         sevo(weights, "items").init(params)
 
 
+def test_a_leaf_called_value_beside_others_keeps_its_name(weights):
+    memory = {"memory": {"key": np.ones((NODES, 2), np.float32), "value": np.ones((NODES, DIM), np.float32)}}
+    with pytest.raises(ValueError, match=r"as in tables='memory/value'; (?s:.*)memory/value: float32"):
+        sevo(weights).init(memory)
+    sevo(weights, "memory/value").init(memory)
+
+
 # ---- errors ----
 
 PARAMS = {
