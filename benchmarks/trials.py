@@ -51,6 +51,9 @@ WEIGHTS = (0.05, 0.1, 0.2)
 EMA_DECAY = 0.999
 WINDOW = 50
 FOLDER = Path("results/trials")
+OF_SMOOTHING = ("beta", "num_layers", "smoothing", "rescale", "moment_correction")
+# What not all trials heed, so that arms would differ in more than the trial.
+FIXED = ("clip_norm", "patience", "smoothing", "rescale", "moment_correction")
 TABLE, OUTPUT = "item_embedding", "output_embedding"
 
 
@@ -145,7 +148,8 @@ class TwoTables(SASRec):
         del num_users
         model = cls(num_items, **options_of(SASRec, config), rngs=rngs)
         model.output_embedding = nnx.Embed(num_items + 1, config.embedding_dim, rngs=rngs)
-        model.output_embedding.embedding[...] = model.item_embedding.embedding[...]
+        # A copy: an epoch is given both to write over.
+        model.output_embedding.embedding[...] = jnp.copy(model.item_embedding.embedding[...])
         return model
 
     def items(self, represented: Any = None) -> tuple[jax.Array, jax.Array]:
@@ -269,8 +273,14 @@ def cosine(prepared: TrainingData, config: TrainConfig, seed: int, *, optimizer:
 
 
 def windows(prepared: TrainingData, config: TrainConfig, seed: int, *, optimizer: Optimizer) -> Parts:
-    """An arm that is trained on windows of 50 items over the whole history, where it sees the newest 50 otherwise."""
-    config = dataclasses.replace(config, max_length=min(WINDOW, config.max_length))
+    """An arm that is trained on windows over the whole history, where it sees the newest ``max_length`` otherwise.
+
+    Raises:
+      ValueError: if ``max_length`` is more than 50.
+    """
+    if config.max_length > WINDOW:
+        # Its histories to rank after are longer than what is trained.
+        raise ValueError(f"max_length must be at most {WINDOW} for trials on windows, got {config.max_length}")
     feed = pack(prepared.split.train, max_length=config.max_length, batch_size=config.batch_size, windows=True)
     return parts(dataclasses.replace(prepared, feed=feed), config, seed, optimizer=optimizer)
 
@@ -323,7 +333,7 @@ def train(name: str, found: Parts, prepared: TrainingData, seed: int) -> dict[st
             loss = float(np.asarray(losses).mean())
             seconds.append(time.perf_counter() - start)
             if not math.isfinite(loss):
-                raise ValueError(f"{name}: the loss of epoch {number} is {loss}; lower --learning-rate")
+                raise ValueError(f"{name}: the loss of epoch {number} is {loss}; lower --set learning_rate=…")
             shown: dict[str, Any] = {"loss": loss, "seconds": seconds[-1]}
             if number % config.eval_every == 0 or number == config.epochs:
                 kept = jax.tree.map(jnp.copy, found.evaluated(state, opt_state))
@@ -366,6 +376,9 @@ def settings_of(name: str, config: TrainConfig) -> dict[str, Any]:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     unsmoothed = digest({x: y for x, y in given.items() if x not in SMOOTHING})
+    if name.startswith("soft-labels"):  # which heed the graph, and smooth nothing
+        labels = digest({x: y for x, y in given.items() if x not in OF_SMOOTHING})
+        return {"all": labels, "unsmoothed": unsmoothed, "beta": None}
     if name.startswith("adamw"):
         return {"all": unsmoothed, "unsmoothed": unsmoothed, "beta": None}
     return {"all": digest(given), "unsmoothed": unsmoothed, "beta": config.beta}
@@ -388,11 +401,11 @@ def table(folder: Path) -> str:
         "",
         f"Test {SELECTION} at the epoch with the best validation {SELECTION}. Differences are to AdamW of the same "
         "seeds and settings, with their standard error; what wins by more than two of them, over three seeds or more, "
-        "is **bold**. "
+        "is **bold**. Its partner is AdamW with the same average, rate or windows. "
         "`python -m benchmarks.trials` makes them.",
         "",
-        "| data | trial | β | seeds | epochs | best epoch | validation | test | test − AdamW |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| data | trial | β | seeds | epochs | best epoch | validation | test | test − AdamW | test − its partner |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = []
     for (data, trial, digest), runs in found.items():
@@ -400,22 +413,30 @@ def table(folder: Path) -> str:
         rows.append(((data, some["epochs"], order.index(trial), digest), runs, some["settings"]))
     for (data, epochs, number, _), runs, settings in sorted(rows, key=lambda row: row[0]):
         trial, beta = order[number], settings["beta"]
-        plain = found.get((data, "adamw", settings["unsmoothed"]), {})
-        pairs = [runs[seed]["test"][SELECTION] - plain[seed]["test"][SELECTION] for seed in runs if seed in plain]
-        difference = "–"
-        if trial != "adamw" and pairs:
-            difference = f"{statistics.mean(pairs):+.4f}"
-            if len(pairs) > 1:
-                error = statistics.stdev(pairs) / len(pairs) ** 0.5
-                difference += f" ± {error:.4f}"
-                if len(pairs) > 2 and statistics.mean(pairs) > 2 * error:
-                    difference = f"**{difference}**"
+        partner = trial.replace("sevo-gradient", "adamw") if trial.startswith("sevo-gradient-") else trial
+        differences = [
+            "–" if trial == other else difference(runs, found.get((data, other, settings["unsmoothed"]), {}))
+            for other in ("adamw", partner)
+        ]
         means = [statistics.mean(run[part][SELECTION] for run in runs.values()) for part in ("validation", "test")]
         best = ", ".join(str(runs[seed]["best_epoch"]) for seed in sorted(runs))
         numbers = " | ".join(f"{mean:.4f}" for mean in means)
         first = f"{data} | {trial} | {'–' if beta is None else beta} | {len(runs)} | {epochs} | {best}"
-        lines.append(f"| {first} | {numbers} | {difference} |")
+        lines.append(f"| {first} | {numbers} | {' | '.join(differences)} |")
     return "\n".join(lines) + "\n"
+
+
+def difference(runs: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]]) -> str:
+    """How much better runs are than plain ones of the same seeds, in Markdown; a dash: they have none in common."""
+    pairs = [runs[seed]["test"][SELECTION] - plain[seed]["test"][SELECTION] for seed in runs if seed in plain]
+    if not pairs:
+        return "–"
+    text = f"{statistics.mean(pairs):+.4f}"
+    if len(pairs) == 1:
+        return text
+    error = statistics.stdev(pairs) / len(pairs) ** 0.5
+    text += f" ± {error:.4f}"
+    return f"**{text}**" if len(pairs) > 2 and statistics.mean(pairs) > 2 * error else text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -450,6 +471,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"name one or more trials, or --table; there are {', '.join(TRIALS)}, and all")
     if not options.table:
         others = {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
+        for name in FIXED:
+            if name in others:
+                raise ValueError(f"--set {name} is not heeded by every trial, got {others[name]}; leave it out")
         given = {"data": options.data, "epochs": options.epochs, "beta": options.beta} | others
         config = config_from_dict(
             load_preset(options.preset) | {name: value for name, value in given.items() if value is not None}

@@ -24,7 +24,7 @@ from sevo_optax import graph, smooth
 CONFIG = make_config(
     "sasrec",
     loss="ce",
-    max_length=60,
+    max_length=50,
     embedding_dim=4,
     num_blocks=0,
     eval_every=1,
@@ -186,6 +186,8 @@ def test_rates_and_windows(prepared, made):
     data = make_training_data(drifting_interests(num_users=60, num_items=40, num_groups=5, seed=3), short)
     assert trials.windows(data, short, 0, optimizer="adamw").feed.num_tokens > data.feed.num_tokens
     assert made("adamw-windows").config.max_length == 50
+    with pytest.raises(ValueError, match="max_length must be at most 50 for trials on windows, got 51"):
+        trials.windows(data, dataclasses.replace(CONFIG, max_length=51), 0, optimizer="adamw")
 
 
 def test_from_the_command_line_to_the_table(tmp_path, monkeypatch, capsys):
@@ -193,26 +195,33 @@ def test_from_the_command_line_to_the_table(tmp_path, monkeypatch, capsys):
     lines = [f"{u} {' '.join(str(1 + (3 * u + i) % 20) for i in range(6))}\n" for u in range(1, 21)]
     Path("tiny.txt").write_text("".join(lines))
     options = ["--data", "tiny.txt", "--epochs", "2", "--set", "eval_every=1", "embedding_dim=4", "num_blocks=0"]
-    assert trials.main(["adamw", "soft-labels-0.1", *options]) == 0
+    assert trials.main(["adamw", "soft-labels-0.1", "smooth-output", "sevo-gradient-cosine", *options]) == 0
+    assert "epoch 1 of 2" in capsys.readouterr().err
     found = {path.stem: json.loads(path.read_text()) for path in Path("results/trials/tiny").glob("*.json")}
     names = [re.fullmatch(r"(.+)-epochs2-[0-9a-f]{8}-seed0", name)[1] for name in found]
-    assert sorted(names) == ["adamw", "soft-labels-0.1"]
+    assert sorted(names) == ["adamw", "sevo-gradient-cosine", "smooth-output", "soft-labels-0.1"]
     for values in found.values():
         assert [epoch for epoch, _ in values["curve"]] == [1, 2]
         assert values["config"]["beta"] == 0.9
         assert max(score for _, score in values["curve"]) == values["validation"]["NDCG@10"]
     text = Path("results/trials/README.md").read_text()
     assert re.search(
-        r"^\| tiny \| soft-labels-0.1 \| 0.9 \| 1 \| 2 \| \d \| 0\.\d+ \| 0\.\d+ \| [+-]0\.\d+ \|$", text, re.M
+        r"^\| tiny \| soft-labels-0.1 \| – \| 1 \| 2 \| \d \| 0\.\d+ \| 0\.\d+ \| [+-]0\.\d+ \| – \|$", text, re.M
     )
-    assert "epoch 1 of 2" in capsys.readouterr().err
+    assert re.search(r"^\| tiny \| smooth-output \| 0.9 \|.* [+-]0\.\d+ \| – \|$", text, re.M)
+    assert re.search(r"^\| tiny \| sevo-gradient-cosine \| 0.9 \|.* [+-]0\.\d+ \| – \|$", text, re.M)
+    assert trials.main(["adamw-cosine", "soft-labels-0.1", *options, "--beta", "0.5"]) == 0
+    assert capsys.readouterr().out.count("is there") == 1  # which smooths nothing
+    text = Path("results/trials/README.md").read_text()
+    assert re.search(r"^\| tiny \| sevo-gradient-cosine \| 0.9 \|.* [+-]0\.\d+ \| [+-]0\.\d+ \|$", text, re.M)
     assert trials.main(["adamw", *options]) == 0
     assert "is there; --overwrite trains it again" in capsys.readouterr().out
     # Another strength is another run of what smooths, and the same of what does not.
     assert trials.main(["adamw", "sevo-gradient", *options, "--beta", "0.5"]) == 0
     assert capsys.readouterr().out.count("is there") == 1
     text = Path("results/trials/README.md").read_text()
-    assert re.findall(r"^\| tiny \| (\S+) \| 0\.5 \|.* [+-]0\.\d+ \|$", text, re.M) == ["sevo-gradient"]
+    assert re.findall(r"^\| tiny \| (\S+) \| 0\.5 \|.* [+-]0\.\d+ \| – \|$", text, re.M) == ["sevo-gradient"]
     assert trials.main(["soft", *options]) == 2
     assert trials.main(["adamw", "--preset", "sasrec-beauty"]) == 2
-    assert [line[:5] for line in capsys.readouterr().err.splitlines()] == ["error"] * 2
+    assert trials.main(["adamw", *options, "patience=3"]) == 2
+    assert [line[:5] for line in capsys.readouterr().err.splitlines()] == ["error"] * 3

@@ -12,7 +12,7 @@ from models.config import SELECTION
 from models.evaluation.groups import COUNTED
 from models.reproduce.cells import cell_path
 from models.reproduce.maps import Maps
-from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains, with_common_seeds
+from models.reproduce.summaries import RowCells, Summary, TableCells, average_gains, comparable_rows, with_common_seeds
 from models.reproduce.tables import PLAIN, SeedGroup, settings_in_words
 
 TEST = f"test {SELECTION}"
@@ -241,11 +241,11 @@ def _draw_gains(found: TableCells, path: Path) -> bool:
     published = {(x.subject, x.arm, tuple(x.settings.items())): x.gain for x in found.table.gains}
     panels: dict[str, list[plots.Bar]] = {}
     for base in ("adam", "adamw"):
-        gains = {(x.subject, x.arm, tuple(x.settings.items())): x for x in average_gains(found.rows, base)}
+        rows = comparable_rows(found.rows, base)
+        gains = {(x.subject, x.arm, tuple(x.settings.items())): x for x in average_gains(rows, base, complete=True)}
         panels[f"over {base}"] = [
             plots.Bar(
-                ", ".join(filter(None, [key[0], settings_in_words(dict(key[2]))]))
-                + (" †" if key in gains and gains[key].short else ""),
+                ", ".join(filter(None, [key[0], settings_in_words(dict(key[2]))])),
                 plots.PALETTE[i % 2],
                 gains[key].gain if key in gains else None,
                 published=value if base == "adam" else None,

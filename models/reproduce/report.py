@@ -142,6 +142,8 @@ def _section(found: TableCells, results_dir: Path, cells: Sequence[Cell]) -> tup
             f"Not run (`{command} --data-dir DIR` {does} it):\n\n" + "\n".join(f"* {line}" for line in missing)
         )
     curves = table.picture.kind == "curves"
+    if curves:
+        trained = [row for row in trained if not row.borrowed(table.name)]
     files = [] if curves else draw_table(found, results_dir)
     parts += [f"![{table.title}]({file.name})" for file in files]
     for row in trained:

@@ -1,5 +1,6 @@
 """The cells of one group, or of several rows, taken together."""
 
+import copy
 import dataclasses
 import math
 import statistics
@@ -10,7 +11,17 @@ from typing import Any, TypeVar
 from models.config import SELECTION, Grouping, Optimizer
 from models.reproduce.cells import Cell, Cells
 from models.reproduce.costs import find_costs
-from models.reproduce.tables import BASELINES, METRICS, Measured, Published, Row, SeedGroup, Table, settings_in_words
+from models.reproduce.tables import (
+    BASELINES,
+    METRICS,
+    PLAIN,
+    Measured,
+    Published,
+    Row,
+    SeedGroup,
+    Table,
+    settings_in_words,
+)
 from models.training.compare import Gain, gain
 from models.training.time_to_quality import Course, TimeToQuality, time_to_quality
 
@@ -214,6 +225,16 @@ class RowCells:
         """All of them."""
         return [cell for summary in self.summaries for cell in summary.cells]
 
+    def borrowed(self, experiment: str) -> bool:
+        """Whether all that is there is plain runs of other tables, which say nothing of what the row is about.
+
+        Args:
+          experiment: the table's name.
+        """
+        smoothed = [group for group in self.row.groups if group.arm in BASELINES and group.arm not in PLAIN]
+        own = any(cell.experiment == experiment for cell in self.cells)
+        return bool(smoothed) and not own and not any(x.group in smoothed for x in self.summaries)
+
     def baseline(self, summary: Summary, arm: Optimizer) -> Summary | None:
         """The group of a plain arm that another is compared with; None: it was not trained, or is the same."""
         if arm not in BASELINES.get(summary.group.arm, ()):
@@ -338,6 +359,32 @@ def average_gains(rows: Sequence[RowCells], over: Optimizer, *, complete: bool =
         _, group = members[0]
         gain = statistics.fmean(gains) if gains else None
         found.append(AverageGain(subject, group.arm, group.settings, over, gain, tuple(datasets), short))
+    return found
+
+
+def comparable_rows(rows: Sequence[RowCells], over: Optimizer) -> list[RowCells]:
+    """Rows whose average gains compare: of each subject those on whose data sets it has all, with the seeds in common.
+
+    A subject that has them nowhere keeps all its rows.
+
+    Args:
+      rows: the rows.
+      over: the plain arm.
+    """
+    kept = []
+    for subject in dict.fromkeys(row.row.subject for row in rows):
+        mine = [row for row in rows if row.row.subject == subject]
+        whole = [row for row in mine if all(x.gain is not None for x in average_gains([row], over, complete=True))]
+        kept += [_with_seeds_in_common(row) for row in whole] or mine
+    return kept
+
+
+def _with_seeds_in_common(row: RowCells) -> RowCells:
+    seeds = set.intersection(*({cell.seed for cell in summary.cells} for summary in row.summaries))
+    if not seeds:
+        return row
+    found = copy.copy(row)
+    found.summaries = [Summary(x.group, [cell for cell in x.cells if cell.seed in seeds]) for x in row.summaries]
     return found
 
 

@@ -27,7 +27,7 @@ from models.reproduce.costs import ArmCosts, Costs, find_costs
 from models.reproduce.pictures import draw_table
 from models.reproduce.report import write_report
 from models.reproduce.status import seconds_of
-from models.reproduce.summaries import RowCells, TableCells, average_gains
+from models.reproduce.summaries import RowCells, TableCells, average_gains, comparable_rows
 from models.reproduce.tables import METRICS, load_table, table_names
 from models.training import compare, loop
 from models.training.files import read_history, write_text
@@ -1486,6 +1486,46 @@ class TestClaims:
         (text,) = verdict.evidence
         assert text.startswith("beta 0.99: adamw 0.0300, ")
         assert evidence in text
+
+    def test_bars_beside_each_other_are_of_the_same_runs(self, folder):
+        """With the correction there is another data set, and another seed."""
+        table = load_table("6")
+        scores = {True: [0.04, 0.09], False: [0.05]}
+        for row in table.rows:
+            for group in row.groups:
+                if row.subject != "SASRec" or group.arm == "adam":
+                    continue
+                if row.dataset == "beauty":
+                    plain = group.arm == "adamw"
+                    write_cells(
+                        "figure-6", group, [0.02, 0.02] if plain else scores[group.settings["moment_correction"]]
+                    )
+                elif row.dataset == "toys" and group.settings.get("moment_correction") is not False:
+                    write_cells("figure-6", group, [0.02])
+        rows = TableCells.of(table, Cells(Path("results"))).rows
+        found = average_gains(comparable_rows(rows, "adamw"), "adamw")
+        gains = {x.settings["moment_correction"]: (x.gain, x.datasets) for x in found if x.subject == "SASRec"}
+        assert gains == {
+            True: (pytest.approx(1.0), ("beauty",)),
+            False: (pytest.approx(1.5), ("beauty",)),
+        }
+
+    def test_a_row_of_borrowed_plain_runs(self, folder):
+        """Each graph's row has the same AdamW beside it, which says nothing of the graph."""
+        table = load_table("cross-entropy-graphs")
+        rows = {row.name: row for row in table.rows}
+        for group in rows["beauty-distance"].groups:
+            if group.arm == "adamw":
+                write_cells("cross-entropy", group, [0.02])
+        of = lambda name: next(  # noqa: E731
+            x for x in TableCells.of(table, Cells(Path("results"))).rows if x.row.name == name
+        )
+        assert of("beauty-distance").borrowed("cross-entropy-graphs")
+        assert not of("beauty-distance").borrowed("cross-entropy")
+        for group in rows["beauty-distance"].groups:
+            if group.arm != "adamw":
+                write_cells("cross-entropy-graphs", group, [0.03])
+        assert not of("beauty-distance").borrowed("cross-entropy-graphs")
 
     def test_average_gains(self, folder, trained):
         reproduce(seeds=2)
