@@ -197,7 +197,7 @@ class Evaluate:
             refuse_same(name, getattr(self, name), {"data": self.data})
         refuse_same("output", self.output, {"per_user": self.per_user})
 
-        from models.data import split_interactions
+        from models.data import of_known_users, split_interactions
         from models.serving.trained import evaluate, in_catalogue
         from models.training.checkpoints import load_run
         from models.training.overlap import SPLITTING, overlap_note
@@ -213,6 +213,8 @@ class Evaluate:
             interactions = in_catalogue(interactions, run.item_ids, min_user_interactions=shortest)
             print(f"  {interactions.notes[-1]}")
         split = split_interactions(interactions, config)
+        if same_data and run.users is not None:
+            split = of_known_users(split, run.users.ids)
         note = overlap_note(run, config, split, interactions if same_data else None)
         evaluation = evaluate(run, split, ks=config.ks, exclude_seen=config.exclude_seen)
         tested = (

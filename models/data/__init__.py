@@ -23,6 +23,7 @@ from models.data.splits import cold_start as cold_start
 from models.data.splits import global_time as global_time
 from models.data.splits import leave_one_out as leave_one_out
 from models.data.splits import make_split as make_split
+from models.data.splits import of_known_users as of_known_users
 from models.data.synthetic import drifting_interests as drifting_interests
 from models.data.vectors import read_item_vectors as read_item_vectors
 from models.data.vectors import write_item_vectors as write_item_vectors

@@ -131,6 +131,36 @@ def cold_start(split: Split, share: float) -> Split:
     return Split(protocol=protocol, train=train, **parts)
 
 
+def of_known_users(split: Split, user_ids: np.ndarray) -> Split:
+    """Leaves out of a split's histories and predictions users that a model with a table of users does not know.
+
+    Args:
+      split: the split.
+      user_ids: shape (users,), the raw ids of those that the model knows.
+
+    Returns:
+      The split, whose protocol says how many are left out; the same one, if none is.
+
+    Raises:
+      ValueError: if nobody is left to predict for.
+    """
+    parts, counts = {}, []
+    for name in ("validation", "test"):
+        history = getattr(split, f"{name}_history")
+        known = np.isin(history.user_ids, user_ids)
+        if not known.any():
+            raise ValueError(
+                f"split: no {name} user has an interaction to train on, as a model with a table of users needs; cut "
+                "later, or take a model of histories, such as sasrec"
+            )
+        parts |= {f"{name}_history": history.of_users(known), name: getattr(split, name)[known]}
+        counts.append(int((~known).sum()))
+    if not any(counts):
+        return split
+    left_out = f"{counts[0]:,} validation and {counts[1]:,} test users without training interactions left out"
+    return dataclasses.replace(split, protocol=f"{split.protocol}; {left_out}", **parts)
+
+
 def global_time(
     interactions: Interactions,
     *,

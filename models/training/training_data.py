@@ -10,7 +10,7 @@ from flax import nnx
 from models.architectures.base import Recommender
 from models.architectures.registry import make_model, model_class
 from models.config import TrainConfig
-from models.data import Interactions, Split, split_interactions
+from models.data import Interactions, Split, of_known_users, split_interactions
 from models.evaluation.ranking import FullRanking
 from models.feeds import NegativeSampler, PackedSequences, Pairs, Prefixes, pack
 from models.graphs import Nodes, smoothed_nodes
@@ -69,6 +69,8 @@ def make_training_data(interactions: Interactions, config: TrainConfig, num_devi
     check_memory(training_needs(config, interactions), config, num_devices=num_devices)
     kind = model_class(config.model)
     split = split_interactions(interactions, config)
+    if kind.query == "user":
+        split = of_known_users(split, split.train.user_ids)
     ranking = partial(
         FullRanking.prepare,
         model=kind,

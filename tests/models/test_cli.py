@@ -119,6 +119,34 @@ def test_small_worlds(tmp_path, capsys, model, text, hits):
     assert status == 0, err
 
 
+def test_users_who_come_after_the_first_cut(tmp_path, capsys):
+    """A table of users has no row for them, so that they are not asked for; a model of histories is asked."""
+    rows = [f"{u},{1 + (u + t) % 17},{t + 3 * u}" for u in range(12) for t in range(10)]
+    path, out = tmp_path / "a.csv", tmp_path / "out"
+    path.write_text("\n".join(["user,item,time", *rows]))
+    options = [
+        "--split",
+        "global-time",
+        "--epochs",
+        "1",
+        "--eval-every",
+        "1",
+        "--batch-size",
+        "8",
+        "--embedding-dim",
+        "4",
+    ]
+    status, printed, err = run(capsys, "train", "--model", "mf-bpr", "--data", path, "--output-dir", out, *options)
+    assert status == 0, err
+    left_out = "0 validation and 1 test users without training interactions left out"
+    assert left_out in printed
+    tested = json.loads((out / "result.json").read_text())["test"]
+    status, printed, err = run(capsys, "evaluate", "--checkpoint", out, "--output", tmp_path / "again.json")
+    assert status == 0, err
+    assert left_out in printed
+    assert json.loads((tmp_path / "again.json").read_text())["test"] == tested
+
+
 def test_a_full_disk_is_one_line(data, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "history.jsonl"))

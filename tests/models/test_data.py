@@ -70,6 +70,13 @@ class TestReadSequences:
 
 
 class TestInteractions:
+    def test_times_of_other_lengths_are_refused(self):
+        with pytest.raises(ValueError, match="times must hold one time for each interaction of each user"):
+            Interactions.from_sequences([[1, 2], [3]], times=[[1], [2, 3]])
+
+    def test_density_counts_repetitions_once(self):
+        assert "3 interactions (100.00% of all pairs" in str(Interactions.from_sequences([[1, 1, 1]]))
+
     def test_refuses_ids_outside_the_catalogue(self):
         with pytest.raises(ValueError, match="item id 9, but ids must lie between 1 and 8"):
             Interactions.from_sequences([[1, 9]], num_items=8)
@@ -130,6 +137,8 @@ class TestDriftingInterests:
             ({"num_groups": 41}, "num_groups must lie between 1 and num_items=40, got 41"),
             ({"mean_length": 5}, "mean_length must be more than 5"),
             ({"num_users": 0}, "num_users must be at least 1"),
+            ({"stay_probability": 1.5}, r"stay_probability must lie in \[0, 1\], got 1.5"),
+            ({"stay_probability": 1, "noise_probability": 0}, "noise_probability must be larger than 0 where"),
         ],
     )
     def test_refuses(self, arguments, message):
@@ -178,10 +187,13 @@ class TestPack:
         assert packed.num_tokens == sum(map(len, expected.values()))
         assert packed.num_batches == -(-60 // 13)
 
-    @pytest.mark.parametrize("batch_size", [1, 3, 5])
-    def test_no_batch_is_empty(self, batch_size):
+    @pytest.mark.parametrize(
+        ("batch_size", "lengths"),
+        [(size, [30, *np.random.default_rng(0).integers(2, 8, size=70)]) for size in (1, 3, 5)]
+        + [(13, [31] + [9] * 3900)],  # four users a row, 3.25 rows a batch
+    )
+    def test_no_batch_is_empty(self, batch_size, lengths):
         rng = np.random.default_rng(0)
-        lengths = [30, *rng.integers(2, 8, size=70)]
         packed = pack(
             Interactions.from_sequences([rng.integers(1, 9, size=n) for n in lengths]),
             max_length=30,

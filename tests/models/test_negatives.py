@@ -98,6 +98,11 @@ def test_no_item_of_a_huge_catalogue_is_left_out(num_items):
     assert not np.isin(np.asarray(sampler.sample(key, users)), seen).any()
 
 
+def test_a_large_power_draws_the_most_frequent():
+    probabilities = np.exp(np.asarray(Proposal.from_counts(np.array([0, 300, 2, 1]), 200.0).log_probabilities))
+    np.testing.assert_array_equal(probabilities, [0, 1, 0, 0])
+
+
 def test_small_shares_of_a_cell_are_met():
     """Items so rare that a float32 could not tell their share of a cell from none, or would draw them too often."""
     proposal = Proposal.from_counts(np.array([0, 10**12, 1, 3]), 1.0)

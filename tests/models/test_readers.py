@@ -107,6 +107,13 @@ class TestFormats:
         path = write(tmp_path / f"misnamed{suffix}", FILES["a.csv"])
         assert as_raw(load(path, data_format="csv")) == expected(ROWS)
 
+    def test_two_separators_without_a_header_are_refused(self, tmp_path):
+        path = write(tmp_path / "a.csv", "u1;i1;4,5;100\nu1;i2;3,5;90\nu2;i1;1,0;80\n")
+        with pytest.raises(ValueError, match="line 1, has commas and semicolons, either of which may separate"):
+            load(path, header=False)
+        path = write(path, "user;item;rating;time\nu1;i1;4,5;100\nu1;i2;3,5;90\nu2;i1;1,0;80\n")
+        assert load(path).user_ids.tolist() == ["u1", "u2"]
+
     def test_compression_is_seen_in_the_file_not_in_its_name(self, tmp_path):
         path = tmp_path / "a.csv"
         path.write_bytes(gzip.compress(FILES["a.csv"].encode()))

@@ -12,7 +12,15 @@ from models.__main__ import main
 from models.architectures.registry import make_config
 from models.architectures.sasrec import SASRec
 from models.config import SourceConfig
-from models.data import Interactions, cold_start, global_time, leave_one_out, make_split, split_interactions
+from models.data import (
+    Interactions,
+    cold_start,
+    global_time,
+    leave_one_out,
+    make_split,
+    of_known_users,
+    split_interactions,
+)
 from models.data.splits import seconds_since_1970
 from models.evaluation.ranking import FullRanking
 from models.feeds import NegativeSampler, pack
@@ -111,6 +119,18 @@ class TestGlobalTime:
         parts = [split.train, split.validation_history, split.test_history]
         assert {part.num_items for part in parts} == {6}
         assert all((part.times < cut).all() for part, cut in zip(parts, [10, 10, 20], strict=True))
+
+    def test_users_that_a_table_does_not_know(self):
+        split = global_time(build(USERS), times=(10, 20))
+        known = of_known_users(split, split.train.user_ids)
+        assert as_dict(known.validation_history, known.validation) == {"a": ([1, 2], 3), "d": ([5], 6)}
+        assert list(as_dict(known.test_history, known.test)) == ["a", "c", "d"]
+        assert (
+            known.protocol == f"{split.protocol}; 0 validation and 1 test users without training interactions left out"
+        )
+        assert of_known_users(known, split.train.user_ids) is known
+        with pytest.raises(ValueError, match="split: no validation user has an interaction to train on"):
+            of_known_users(split, np.array(["b"]))
 
     @hypothesis.given(
         st.dictionaries(
