@@ -29,14 +29,32 @@ _SYMMETRY_TOLERANCE = 1e-6
 
 def raw_bcoo(csr: scipy.sparse.csr_array) -> jsparse.BCOO:
     """Like ``to_bcoo``, but refuses weights that float32 would round to no edge at all."""
+    check_float32(csr)
+    return to_bcoo(csr)
+
+
+def check_float32(csr: scipy.sparse.csr_array) -> None:
+    """Refuses weights that float32 cannot hold."""
     with np.errstate(over="ignore", under="ignore"):
-        bad = first(csr.data.astype(np.float32) == 0)
+        data = csr.data.astype(np.float32)
+    _refuse_infinite(csr, data)
+    bad = first(data == 0)
     if bad is not None:
         raise ValueError(
             f"the weight of edge ({row_of(csr, bad)}, {csr.indices[bad]}) is {csr.data[bad]:g}, too "
             "small for float32. Only ratios of weights matter: multiply them all, or drop the edge."
         )
-    return to_bcoo(csr)
+
+
+def _refuse_infinite(csr: scipy.sparse.csr_array, data: np.ndarray) -> None:
+    """Refuses weights that became infinite in another dtype."""
+    bad = first(~np.isfinite(data))
+    if bad is not None:
+        raise ValueError(
+            f"the weight of edge ({row_of(csr, bad)}, {csr.indices[bad]}) is {csr.data[bad]:g}, "
+            f"too large for {data.dtype.name}. "
+            "Only ratios of weights matter: divide them all by the largest."
+        )
 
 
 def row_of(csr: scipy.sparse.csr_array, position: int) -> int:
@@ -243,13 +261,7 @@ def to_bcoo(csr: scipy.sparse.csr_array, dtype: Any = np.float32) -> jsparse.BCO
     _require(2 * (np.dtype(dtype).itemsize + 8) * csr.nnz + 4 * csr.nnz, "the graph", csr.shape, csr.nnz)
     with np.errstate(over="ignore"):
         data = csr.data.astype(dtype)
-    bad = first(~np.isfinite(data))
-    if bad is not None:
-        raise ValueError(
-            f"the weight of edge ({row_of(csr, bad)}, {csr.indices[bad]}) is {csr.data[bad]:g}, "
-            f"too large for {np.dtype(dtype).name}. "
-            "Only ratios of weights matter: divide them all by the largest."
-        )
+    _refuse_infinite(csr, data)
     num_nodes = csr.shape[0]
     indices = np.empty((csr.nnz, 2), np.int32)
     indices[:, 0] = np.repeat(np.arange(num_nodes, dtype=np.int32), np.diff(csr.indptr))

@@ -108,6 +108,8 @@ def _read(
             f"data: the suffix of {path} says nothing of its format; rename it to one of {', '.join(SUFFIXES)} "
             f"or give --data-format {{{','.join(get_args(DataFormat)[1:])}}}"
         )
+    if not header and data_format in ("parquet", "json", "s3rec"):
+        raise ValueError(f"header is not heeded by {data_format}, which has none, got False; leave it out")
     if data_format == "s3rec":
         _check_no_columns(options, f"{path} is read as S3-Rec text")
         return _sequences(source)

@@ -8,7 +8,7 @@ import scipy.sparse
 from jax.experimental import sparse as jsparse
 
 from sevo_optax._memory import require_memory
-from sevo_optax._weights import Adjacency, raw_bcoo, symmetric_csr
+from sevo_optax._weights import Adjacency, check_float32, raw_bcoo, symmetric_csr
 from sevo_optax.graph._convert import to_scipy
 
 
@@ -24,7 +24,7 @@ def save(path: str | os.PathLike[str], adjacency: Adjacency) -> None:
 
     Raises:
       TypeError: if ``adjacency`` is no matrix, or traced.
-      ValueError: if the weights are invalid.
+      ValueError: if the weights are invalid, or float32, in which they are loaded, cannot hold them.
 
     Examples:
       >>> import tempfile
@@ -36,6 +36,7 @@ def save(path: str | os.PathLike[str], adjacency: Adjacency) -> None:
       BCOO(float32[3, 3], nse=4)
     """
     csr = to_scipy(adjacency)
+    check_float32(csr)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:

@@ -107,6 +107,12 @@ class TestFormats:
         path = write(tmp_path / f"misnamed{suffix}", FILES["a.csv"])
         assert as_raw(load(path, data_format="csv")) == expected(ROWS)
 
+    @pytest.mark.parametrize("data_format", ["parquet", "json", "s3rec"])
+    def test_a_header_that_there_cannot_be(self, tmp_path, data_format):
+        path = write(tmp_path / "a.txt", "1 2 3\n")
+        with pytest.raises(ValueError, match=f"header is not heeded by {data_format}, which has none, got False"):
+            load(path, data_format=data_format, header=False)
+
     def test_two_separators_without_a_header_are_refused(self, tmp_path):
         path = write(tmp_path / "a.csv", "u1;i1;4,5;100\nu1;i2;3,5;90\nu2;i1;1,0;80\n")
         with pytest.raises(ValueError, match="line 1, has commas and semicolons, either of which may separate"):

@@ -1489,7 +1489,7 @@ class TestClaims:
 
     def test_bars_beside_each_other_are_of_the_same_runs(self, folder):
         """With the correction there is another data set, and another seed."""
-        table = load_table("6")
+        table = load_table("figure-6")
         scores = {True: [0.04, 0.09], False: [0.05]}
         for row in table.rows:
             for group in row.groups:

@@ -975,6 +975,13 @@ def test_saved_files_hold_no_pickle(tmp_path):
         assert all(file[name].dtype.kind != "O" for name in file.files)
 
 
+@pytest.mark.parametrize(("weight", "why"), [(1e-50, "small"), (1e300, "large")])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, weight, why):
+    with pytest.raises(ValueError, match=f"too {why} for float32"):
+        graph.save(tmp_path / "graph.npz", np.array([[0, weight], [weight, 0]]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "graph.npz"
     graph.save(path, PLAIN)
