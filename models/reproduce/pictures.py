@@ -45,7 +45,7 @@ def draw_curves(row: RowCells, path: Path) -> None:
 
 
 def draw_who_gains(row: RowCells, path: Path) -> bool:
-    """Draws what smoothing changes for groups of users; returns whether any cells know.
+    """Draws what smoothing changes for groups of users; returns whether any cells know of a change.
 
     Of several groups of cells with the same optimizer, the one that is best on the validation items is drawn.
     """
@@ -70,9 +70,11 @@ def draw_who_gains(row: RowCells, path: Path) -> bool:
         if series:
             groups = [f"{name}\n{count:,} {'user' if count == 1 else 'users'}" for name, count in users.items()]
             panels.append(plots.Clusters(counted, groups, series))
-    if panels:
+    # Where no arm finds anybody's item, nothing changes anywhere.
+    changed = any(value for panel in panels for series in panel.series for value in series.values)
+    if changed:
         plots.clusters(panels, path, ylabel=f"{TEST}: gain over adamw", title=f"{row.row.title}: who gains")
-    return bool(panels)
+    return changed
 
 
 def draw_table(found: TableCells, results_dir: Path) -> list[Path]:

@@ -95,7 +95,7 @@ def time_to_quality(runs: Mapping[int, Course], base: Mapping[int, Course]) -> T
       base: of the arm that sets the level, plain AdamW, by seed. Against itself it takes as long as its best epoch.
 
     Returns:
-      What was found; None: there is no seed in common.
+      What was found; None: there is no seed in common with which the base has a result of more than 0.
 
     Examples:
       >>> adamw = {0: Course([(5, 0.1), (10, 0.3), (15, 0.4)], epoch_seconds=2.0, epoch_steps=7)}
@@ -105,10 +105,11 @@ def time_to_quality(runs: Mapping[int, Course], base: Mapping[int, Course]) -> T
       >>> time_to_quality(adamw, sevo).text("epochs")
       'not reached'
     """
-    seeds = [seed for seed in sorted(runs) if seed in base and runs[seed].curve and base[seed].curve]
+    best = {seed: max((value for _, value in course.curve), default=0.0) for seed, course in base.items()}
+    seeds = [seed for seed in sorted(runs) if best.get(seed, 0) > 0 and runs[seed].curve]
     if not seeds:
         return None
-    levels = [max(value for _, value in base[seed].curve) for seed in seeds]
+    levels = [best[seed] for seed in seeds]
     epochs = [
         next((epoch for epoch, value in runs[seed].curve if value >= level), None)
         for seed, level in zip(seeds, levels, strict=True)

@@ -52,6 +52,8 @@ class TestOfRuns:
 
     def test_nothing_in_common(self):
         assert time_to_quality(courses({7: [(5, 0.1)]}), courses(ADAMW)) is None
+        nothing = courses({0: [(5, 0.0), (10, 0.0)]})
+        assert time_to_quality(nothing, nothing) is None  # to find nothing is no level to reach
         assert time_to_quality(courses({0: []}), courses(ADAMW)) is None
 
 
