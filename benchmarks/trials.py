@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from models.architectures.base import options_of
 from models.architectures.registry import config_from_dict, make_model
 from models.architectures.sasrec import SASRec
 from models.compilation import jit
-from models.config import SELECTION, SMOOTHING, Optimizer, TrainConfig
+from models.config import SELECTION, SMOOTHING, GraphConfig, Optimizer, TrainConfig
 from models.data import load_interactions
 from models.evaluation import metrics
 from models.evaluation.ranking import make_test
@@ -51,9 +51,10 @@ WEIGHTS = (0.05, 0.1, 0.2)
 EMA_DECAY = 0.999
 WINDOW = 50
 FOLDER = Path("results/trials")
-OF_SMOOTHING = ("beta", "num_layers", "smoothing", "rescale", "moment_correction")
+# What trials do not heed that have a graph and smooth nothing.
+UNSMOOTHED = tuple(name for name in SMOOTHING if not hasattr(GraphConfig, name))
 # What not all trials heed, so that arms would differ in more than the trial.
-FIXED = ("clip_norm", "patience", "smoothing", "rescale", "moment_correction")
+FIXED = ("clip_norm", "patience", *(name for name in UNSMOOTHED if name not in ("beta", "num_layers")))
 TABLE, OUTPUT = "item_embedding", "output_embedding"
 
 
@@ -371,17 +372,17 @@ def settings_of(name: str, config: TrainConfig) -> dict[str, Any]:
       ``beta``: the strength of the smoothing; None: there is none.
     """
     given = {x: y for x, y in config.to_dict().items() if x not in ("data", "cache_dir", "optimizer", "seed")}
+    unheeded = SMOOTHING if name.startswith("adamw") else UNSMOOTHED if name.startswith("soft-labels") else ()
 
-    def digest(values: dict[str, Any]) -> str:
+    def without(names: Sequence[str]) -> str:
+        values = {x: y for x, y in given.items() if x not in names}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
-    unsmoothed = digest({x: y for x, y in given.items() if x not in SMOOTHING})
-    if name.startswith("soft-labels"):  # which heed the graph, and smooth nothing
-        labels = digest({x: y for x, y in given.items() if x not in OF_SMOOTHING})
-        return {"all": labels, "unsmoothed": unsmoothed, "beta": None}
-    if name.startswith("adamw"):
-        return {"all": unsmoothed, "unsmoothed": unsmoothed, "beta": None}
-    return {"all": digest(given), "unsmoothed": unsmoothed, "beta": config.beta}
+    return {
+        "all": without(unheeded),
+        "unsmoothed": without(SMOOTHING),
+        "beta": None if unheeded else config.beta,
+    }
 
 
 def data_name(config: TrainConfig) -> str:

@@ -125,7 +125,7 @@ def _scale_by_adam_corrected(
         axis = _tables.resolve_axis(node_axis, [leaves[i].shape for i in positions], num_nodes)
         for i in positions:
             _tables.check_axis(axis, i, leaves, names)
-            _tables.refuse_float8(leaves[i].dtype, f"tables: {_tables.label(names[i])}")
+            _tables.refuse_float8(leaves[i].dtype, f"tables: {_tables.label(names[i], names)}")
         return {i: axis % leaves[i].ndim for i in positions}, leaves, treedef
 
     def init_fn(params: optax.Params) -> ScaleByAdamCorrectedState:

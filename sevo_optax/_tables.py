@@ -38,9 +38,9 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def label(name: str) -> str:
-    """A leaf's path as error messages show it."""
-    return repr(name.removesuffix("/value")) if name else "the tree itself"
+def label(name: str, names: Sequence[str]) -> str:
+    """A leaf's path, one of all ``names``, as error messages show it."""
+    return repr(_short(name, names)) if name else "the tree itself"
 
 
 def _short(name: str, names: Sequence[str]) -> str:
@@ -137,7 +137,8 @@ def check_axis(axis: int, position: int, leaves: Sequence[Any], names: Sequence[
     shape = list(leaves[position].shape)
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
-            f"node_axis={axis} is no axis of {label(names[position])} with shape {shape}; {_describe(names, leaves)}"
+            f"node_axis={axis} is no axis of {label(names[position], names)} with shape {shape}; "
+            f"{_describe(names, leaves)}"
         )
 
 
@@ -170,10 +171,10 @@ def check(
         dtype = getattr(leaves[i], "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"tables: {label(names[i])} must be a real floating-point array, got "
+                f"tables: {label(names[i], names)} must be a real floating-point array, got "
                 f"{dtype or type(leaves[i]).__name__}; {_describe(names, leaves)}"
             )
-        refuse_float8(dtype, f"tables: {label(names[i])}")
+        refuse_float8(dtype, f"tables: {label(names[i], names)}")
     shapes = [tuple(leaves[i].shape) for i in positions]
     axis = resolve_axis(node_axis, shapes, num_nodes)
     for i in positions:

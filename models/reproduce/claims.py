@@ -130,10 +130,8 @@ def _layers(found: Found) -> Verdict:
         seeds = ", ".join(str(cell.seed) for cell in compared[3].cells)
         text = f"{row.row.dataset}, seed {seeds}: best at L = {best} ({values[best]:.4f}; L = 3: {values[3]:.4f})"
         lead = abs(values[3] - max(x for n, x in values.items() if n != 3))
-        named, deviation = (
-            f"a lead of {lead:.4f} that" if best == 3 else "which",
-            finished(row, num_layers=3).deviation(),
-        )
+        named = f"a lead of {lead:.4f} that" if best == 3 else "which"
+        deviation = finished(row, num_layers=3).deviation()
         decided, why = _told_apart(lead, named, deviation, len(compared[3].cells))
         if decided:
             holds.append(best == 3)

@@ -380,11 +380,8 @@ def comparable_rows(rows: Sequence[RowCells], over: Optimizer) -> list[RowCells]
 
 
 def _with_seeds_in_common(row: RowCells) -> RowCells:
-    seeds = set.intersection(*({cell.seed for cell in summary.cells} for summary in row.summaries))
-    if not seeds:
-        return row
     found = copy.copy(row)
-    found.summaries = [Summary(x.group, [cell for cell in x.cells if cell.seed in seeds]) for x in row.summaries]
+    found.summaries = list(with_common_seeds(dict(enumerate(row.summaries))).values()) or row.summaries
     return found
 
 

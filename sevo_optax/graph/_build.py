@@ -287,9 +287,11 @@ def _estimate_shared(incidence: scipy.sparse.csr_array, sharing: np.ndarray) -> 
     return int(np.mean(counts) * active.size)
 
 
-def _is_pandas_missing(value: Any) -> bool:
-    """Whether a value is pandas' NA or NaT, which equal nothing and yet are one object each."""
-    return type(value).__name__ in ("NAType", "NaTType")
+def _is_missing(value: Any) -> bool:
+    """Whether a value is None, NaN, or pandas' NA or NaT, which equal nothing and yet are one object each."""
+    if isinstance(value, float | np.floating):
+        return math.isnan(value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
 def _encode(attributes: Any) -> tuple[np.ndarray, Any]:
@@ -311,7 +313,7 @@ def _encode(attributes: Any) -> tuple[np.ndarray, Any]:
     numbers: dict[Any, int] = {}
     codes = np.empty(len(values), np.int64)
     for index, value in enumerate(values):
-        if value is None or (isinstance(value, float | np.floating) and math.isnan(value)) or _is_pandas_missing(value):
+        if _is_missing(value):
             raise ValueError(
                 f"attributes[{index}] is {value}, a missing value, which nodes cannot share. Leave out such pairs."
             )

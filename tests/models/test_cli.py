@@ -124,18 +124,8 @@ def test_users_who_come_after_the_first_cut(tmp_path, capsys):
     rows = [f"{u},{1 + (u + t) % 17},{t + 3 * u}" for u in range(12) for t in range(10)]
     path, out = tmp_path / "a.csv", tmp_path / "out"
     path.write_text("\n".join(["user,item,time", *rows]))
-    options = [
-        "--split",
-        "global-time",
-        "--epochs",
-        "1",
-        "--eval-every",
-        "1",
-        "--batch-size",
-        "8",
-        "--embedding-dim",
-        "4",
-    ]
+    options = ["--split", "global-time", "--epochs", "1", "--eval-every", "1"]
+    options += ["--batch-size", "8", "--embedding-dim", "4"]
     status, printed, err = run(capsys, "train", "--model", "mf-bpr", "--data", path, "--output-dir", out, *options)
     assert status == 0, err
     left_out = "0 validation and 1 test users without training interactions left out"
