@@ -19,12 +19,15 @@ def main(readme: Path) -> None:
         raise SystemExit(f"sevo_optax comes from {where}, not from the wheel")
     if not (where.parent / "py.typed").exists():
         raise SystemExit("the wheel has no py.typed: type checkers will not see its annotations")
-    version = importlib.metadata.version("sevo-optax")
+    metadata = importlib.metadata.metadata("sevo-optax")
+    version = metadata["Version"]
     if sevo_optax.__version__ != version:
         raise SystemExit(f"sevo_optax.__version__ is {sevo_optax.__version__}, but the wheel has version {version}")
     for name in ("models", "tests", "flax"):
         if importlib.util.find_spec(name):
             raise SystemExit(f"{name} can be imported: this environment holds more than the wheel and what it needs")
+    if relative := re.findall(r"\]\((?!https?:)[^)]*\)", metadata.get_payload()):
+        raise SystemExit(f"the wheel's description has links that work in a clone alone: {relative}")
     snippet = re.search(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     namespace = {}
     exec(compile(snippet.group(1), str(readme), "exec"), namespace)
