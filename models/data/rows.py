@@ -143,7 +143,7 @@ def interactions_of(
     order = f"in order of {chosen['time']!r}, ties as in the file" if "time" in chosen else "in the order of the file"
     note = f"users from {chosen['user']!r}, items from {chosen['item']!r}, {order}"
     users, items = (series.rank("dense").to_numpy() for series in (user, item))
-    warnings = [_similar(user, "user"), _similar(item, "item")]
+    warnings = [_spaced(user, "user"), _spaced(item, "item")]
     if times is not None:
         warnings.append(_mixed_units(chosen["time"], times))
     elif time_column is None:
@@ -322,17 +322,23 @@ def checked_ids(rows: Rows, ids: "polars.Series", what: str) -> "polars.Series":
     return ids.cast(polars.String) if numbers.null_count() else numbers
 
 
-def _similar(ids: "polars.Series", what: str) -> str | None:
-    """Warns of ids that differ only by spaces at their ends."""
+def _spaced(ids: "polars.Series", what: str) -> str | None:
+    """Warns of ids with spaces at their ends, above all if others differ from them by these alone."""
     import polars
 
     if ids.dtype != polars.String:
         return None
     distinct = ids.unique().sort()
     bare = distinct.str.strip_chars()
+    spaced = distinct.filter(distinct != bare)
+    if spaced.is_empty():
+        return None
     alike = distinct.filter(bare.is_duplicated())
     if alike.is_empty():
-        return None
+        return (
+            f"{len(spaced):,} of {len(distinct):,} {what} ids of {ids.name!r} begin or end with a space, such as "
+            f"{shortened(spaced[0])}; it is a part of the id"
+        )
     first = bare.filter(bare.is_duplicated())[0]
     shown = [shortened(text) for text in alike.to_list() if text.strip() == first][:2]
     return (

@@ -387,6 +387,12 @@ class TestIds:
             "warning: 3 item " + told.format("'item'", "' x' and 'x'"),
         )
 
+    def test_spaces_after_separators_are_told(self, tmp_path):
+        data = load(write(tmp_path / "a.csv", "user, item, time\na, x, 1\na, y, 2\nb, x, 3\n"))
+        assert data.notes[1:] == (
+            "warning: 2 of 2 item ids of 'item' begin or end with a space, such as ' x'; it is a part of the id",
+        )
+
     @pytest.mark.parametrize("place", ["x\0,1", "1,x\0", "1,\0x"])
     def test_nul_is_refused(self, tmp_path, place):
         path = write(tmp_path / "a.csv", f"user,item\n1,x\n{place}\n")
