@@ -5,7 +5,8 @@ A run's folder holds
 * ``run.json``: the configuration, the optimizer, and a fingerprint of the data;
 * ``items.npz``: the raw id of every item;
 * ``checkpoints/EPOCH/``: parameters (the newest and the best so far) and optimizer state, without the graph, which
-  ``init`` builds again. The two newest are kept, each written by Orbax as a whole or not at all.
+  ``init`` builds again. The two newest are kept, each written by Orbax as a whole or not at all. ``late.json`` in it:
+  what an evaluation has found that came later.
 """
 
 import dataclasses
@@ -44,6 +45,10 @@ KEPT = 2
 CHECKPOINT_FORMAT = 2
 # Of one whose arrays lay on several devices: its digest is made of sums that each device can take of its own part.
 SPLIT_FORMAT = 3
+# In a checkpoint's folder: what an evaluation has found since.
+LATE = "late.json"
+# What Orbax begins the names of unfinished checkpoints' folders with, behind the epoch: at the next start, they go.
+UNFINISHED = ".orbax-checkpoint-tmp"
 # What Orbax writes for every checkpoint: the arrays, and beside them everything else, as JSON.
 PARTS = ("state/_METADATA", "state/manifest.ocdbt", "note/metadata")
 Which = Literal["best", "last"]
@@ -407,7 +412,7 @@ class Checkpoints:
         try:
             on_first(partial(self._make_room, folder, sum(x.nbytes for x in checkpoint.leaves.values())))
             with quiet_orbax(), _checkpointer() as checkpointer:
-                checkpointer.save(folder.absolute(), args=arguments, force=True)
+                checkpointer.save(folder.absolute(), args=arguments)
             on_first(self._remove_old)
         except Exception as error:  # Orbax and what it writes with raise errors of many kinds
             if is_first():
@@ -418,6 +423,25 @@ class Checkpoints:
                 f"the checkpoint of epoch {checkpoint.epoch} cannot be written to {self.directory} "
                 f"({_system_reason(error)}); {kept}"
             ) from error
+
+    def amend(self, epoch: int, progress: Mapping[str, Any]) -> None:
+        """Notes what has become known of a checkpoint's parameters since it was saved.
+
+        Its arrays stay as they are: the best parameters are those that it has, or, if ``best_epoch`` is its own, the
+        newest.
+
+        Args:
+          epoch: of the checkpoint.
+          progress: what is to be read instead of what was noted then.
+
+        Raises:
+          CheckpointError: if it cannot be written; the checkpoint is as before.
+        """
+        file = self._folder(epoch) / LATE
+        try:
+            on_first(partial(write_json, file, dict(progress)))
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be written ({_system_reason(error)}); go on with --resume") from error
 
     def _make_room(self, folder: Path, size: int) -> None:
         if folder.exists() and not (folder / "state").exists():
@@ -454,6 +478,11 @@ class Checkpoints:
                     leaves[name] = leaves[name][tuple(slice(n) for n in shape)]
             else:
                 intact = note["digest"] == _digest(leaves, progress if kind > 1 else None)
+            if (path / LATE).exists():
+                progress = progress | read_json(path / LATE)
+                if progress["best_epoch"] == epoch:
+                    last = [name for name in leaves if name.startswith("last.")]
+                    leaves |= {"best" + name.removeprefix("last"): leaves[name] for name in last}
         except Exception as error:  # whatever is wrong with the files, there is nothing to read
             raise CheckpointError(f"{path} cannot be read ({_system_reason(error)})") from error
         if not intact:
@@ -495,7 +524,7 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         # What Orbax has begun to write and given up may still appear while its folder is removed.
         for _ in range(50):
-            unfinished = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+            unfinished = list(self.directory.glob(f"*{UNFINISHED}*"))
             if not unfinished:
                 return
             for path in unfinished:
@@ -503,7 +532,9 @@ class Checkpoints:
             time.sleep(0.02)
 
     def _remove(self, epoch: int) -> None:
-        shutil.rmtree(self._folder(epoch))
+        # Of a folder that is removed by halves nobody would know what it is.
+        removed = self._folder(epoch).rename(self.directory / f"{epoch}{UNFINISHED}-removed")
+        shutil.rmtree(removed)
 
 
 def _blank(dtype: str, shape: Sequence[int]) -> np.ndarray:

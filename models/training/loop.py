@@ -265,10 +265,7 @@ class _Group:
         late = {i: run for i, run in self.active.items() if "validation" not in run.history[-1]}
         validation = self._validate() if late else {}
         for i, run in late.items():
-            params = self.program.params_of(i)
-            run.consider(validation[i][SELECTION], self.done, params)
-            run.replace_last_record(run.history[-1] | {"validation": validation[i]})
-            run.save(self.done, params, self.program.state_of(i))
+            run.consider_late(validation[i], self.program.params_of(i))
 
     def _part_with_stopped(self, epoch: int) -> None:
         for i, run in list(self.active.items()):

@@ -165,52 +165,63 @@ class Run:
         """
         if self.directory is None:
             return
-        from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo, read_item_ids
+        from models.training.checkpoints import Checkpoints
 
         self._holds_run(resume=resume, overwrite=overwrite)
         on_first(self._claim)
-        holds_run = self._holds_run(resume=resume, overwrite=overwrite)  # now that nobody else changes it
         self.info = self._info()
         check_same("data", self.info.data)
         check_same("options", _options_digest(self.config, self.optimizer))
         check_same("versions of the program", program_digest() if num_processes() > 1 else "")
-        if holds_run and not overwrite:
-            found = RunInfo.read(self.directory)
-            self.info = self.info.continuing(found, self.prepared.interactions, self.directory)
-            if found.items and (self.directory / "items.npz").exists():
-                read_item_ids(self.directory, found)
-            self.continues = True
+        found = self._found(resume=resume, overwrite=overwrite)  # now that nobody else changes it
+        if found is not None:
+            self.info, self.finished = found
+        self.continues = found is not None
         self.checkpoints = Checkpoints(self.directory, self.info.run)
-        if not self.continues:
-            return
-        trained = max(self.checkpoints.epochs(), default=0)
-        if trained > self.config.epochs:
-            raise CheckpointError(
-                f"{self.directory} was trained for {trained} epochs already, more than epochs={self.config.epochs}; "
-                f"give --epochs {trained} or more, or another --output-dir"
-            )
-        with contextlib.suppress(FileNotFoundError):
-            result = Result.read(self.directory / "result.json")
-            if len(result.losses) == self.config.epochs or all(
-                getattr(found.config, x) == getattr(self.config, x) for x in ("epochs", "patience")
-            ):
-                self.finished = result
-                return
-        self._checkpoint = next(self.checkpoints.readable(), None)
-        self.done = 0 if self._checkpoint is None else self._checkpoint.epoch
+        if self.continues and self.finished is None:
+            self._checkpoint = next(self.checkpoints.readable(), None)
+            self.done = 0 if self._checkpoint is None else self._checkpoint.epoch
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Looks at the folder and changes nothing: what ``open`` would refuse is refused hours earlier.
 
         Raises:
-          CheckpointError: as ``open`` does, unless it is another process that is in the way.
+          CheckpointError: as ``open`` does, unless it is another process that is in the way, or no checkpoint can be
+            read.
+          ValueError: as ``open`` does.
         """
-        if self.directory is None:
-            return
-        from models.training.checkpoints import RunInfo
+        if self.directory is not None:
+            self._found(resume=resume, overwrite=overwrite)
 
-        if self._holds_run(resume=resume, overwrite=overwrite) and not overwrite:
-            self._info().continuing(RunInfo.read(self.directory), self.prepared.interactions, self.directory)
+    def _found(self, *, resume: bool, overwrite: bool) -> "tuple[RunInfo, Result | None] | None":
+        """What the run is that goes on from the one here, and its result, if that is finished; None: it starts anew.
+
+        Raises:
+          CheckpointError: if the folder holds something else, or a run that this one cannot go on from.
+          ValueError: if the result of a finished run cannot be read.
+        """
+        from models.training.checkpoints import CheckpointError, Checkpoints, RunInfo, read_item_ids
+
+        if not self._holds_run(resume=resume, overwrite=overwrite) or overwrite:
+            return None
+        found = RunInfo.read(self.directory)
+        info = self._info().continuing(found, self.prepared.interactions, self.directory)
+        if found.items and (self.directory / "items.npz").exists():
+            read_item_ids(self.directory, found)
+        trained = max(Checkpoints(self.directory).epochs(), default=0)
+        if trained > self.config.epochs:
+            raise CheckpointError(
+                f"{self.directory} was trained for {trained} epochs already, more than epochs={self.config.epochs}; "
+                f"give --epochs {trained} or more, or another --output-dir"
+            )
+        try:
+            result = Result.read(self.directory / "result.json")
+        except FileNotFoundError:
+            return info, None
+        is_done = len(result.losses) == self.config.epochs or all(
+            getattr(found.config, x) == getattr(self.config, x) for x in ("epochs", "patience")
+        )
+        return info, result if is_done else None
 
     def _info(self) -> "RunInfo":
         from models.training.checkpoints import RunInfo
@@ -293,6 +304,8 @@ class Run:
         history = self.directory / "history.jsonl"
         with contextlib.suppress(FileNotFoundError):
             self.history = read_history(history, epoch)
+        if "validation" in progress and len(self.history) == epoch:  # see consider_late
+            self.history[-1]["validation"] = progress["validation"]
         if len(self.history) < epoch or (self.best[1] and "validation" not in self.history[self.best[1] - 1]):
             raise CheckpointError(
                 f"{history} lacks what the checkpoint of epoch {epoch} builds on; train again with --overwrite"
@@ -344,21 +357,24 @@ class Run:
             scalars |= _validation_scalars(record)
             self._loggers.scalars(record["epoch"], scalars | record.get("diagnostics", {}))
 
-    def replace_last_record(self, record: dict[str, Any]) -> None:
-        """Changes the newest epoch of the history; its checkpoint is to be written again."""
-        self.history[-1] = record
-        self.saved = 0
-        if self._writes:
-            self._write_history()
-        if self._loggers is not None:
-            self._loggers.scalars(record["epoch"], _validation_scalars(record))
-
     def consider(self, score: float, epoch: int, params: Any) -> None:
         """Keeps the parameters after an epoch if their score is the best so far."""
         if self.best is None or score > self.best[0]:
             self.best, self.stale = (score, epoch, params), 0
         else:
             self.stale += 1
+
+    def consider_late(self, validation: dict[str, float], params: Any) -> None:
+        """Counts an evaluation of the newest epoch, whose checkpoint was saved without one."""
+        epoch = self.history[-1]["epoch"]
+        self.consider(validation[SELECTION], epoch, params)
+        if self.checkpoints is not None:
+            self.checkpoints.amend(epoch, self._progress() | {"validation": validation})
+        self.history[-1] = self.history[-1] | {"validation": validation}
+        if self._writes:
+            self._write_history()
+        if self._loggers is not None:
+            self._loggers.scalars(epoch, _validation_scalars(self.history[-1]))
 
     def keep(self, epoch: int, table: np.ndarray) -> None:
         """Writes the table that items are scored by."""
@@ -376,17 +392,19 @@ class Run:
         def leaves_of(trees: Mapping[str, Any], *read: Callable[[Any], Any]) -> dict[str, Any]:
             return {name: leaf for prefix, tree in trees.items() for name, leaf in flatten(tree, prefix, *read).items()}
 
-        best = (float("-inf"), 0, params) if self.best is None else self.best
-        trees = {"last": params, "best": best[2], "opt_state": opt_state}
+        trees = {"last": params, "best": params if self.best is None else self.best[2], "opt_state": opt_state}
         # What is split over devices is written by each of them; no process may have all of it.
         leaves, shapes = leaves_of(trees, *(() if self.split_shapes is None else (lambda leaf: leaf,))), {}
         if self.split_shapes is not None:
             params, opt_state = self.split_shapes
             like = leaves_of({"last": params, "best": params, "opt_state": opt_state}, lambda leaf: leaf.shape)
             shapes = {name: shape for name, shape in like.items() if shape != leaves[name].shape}
-        progress = {"best": best[0], "best_epoch": best[1], "stale": self.stale, "seconds": self.seconds}
-        self.checkpoints.save(Checkpoint(epoch, leaves, progress, shapes))
+        self.checkpoints.save(Checkpoint(epoch, leaves, self._progress(), shapes))
         self.saved = epoch
+
+    def _progress(self) -> dict[str, Any]:
+        score, epoch = (float("-inf"), 0) if self.best is None else self.best[:2]
+        return {"best": score, "best_epoch": epoch, "stale": self.stale, "seconds": self.seconds}
 
     def finish(self, program: Program) -> None:
         """Tests the best parameters, if the run is one that tests, and writes what there is to write."""

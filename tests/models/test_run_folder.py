@@ -130,6 +130,34 @@ class TestOthersFiles:
             compare.compare(prepared, CONFIG, folder, **arms, resume=True)
         assert not (folder / "adamw-1").exists()
 
+    def test_a_comparison_that_cannot_go_on_is_refused_before_it_trains(self, prepared, tmp_path, toy, monkeypatch):
+        config = dataclasses.replace(CONFIG, optimizer="sevo-adamw")
+        loop.train(prepared, config, "sevo-adamw", tmp_path / "sevo-adamw-1")
+        monkeypatch.setattr(compare, "train_seeds", lambda *_, **__: pytest.fail("trained first"))
+        arms = {"optimizers": ("adamw", "sevo-adamw"), "resume": True}
+        shorter = dataclasses.replace(CONFIG, epochs=CONFIG.epochs - 1)
+        with pytest.raises(CheckpointError, match=f"trained for {CONFIG.epochs} epochs already, more than epochs="):
+            compare.compare(prepared, shorter, tmp_path, **arms)
+        (tmp_path / "sevo-adamw-1" / "result.json").write_text("{")
+        with pytest.raises(ValueError, match=r"result\.json is damaged"):
+            compare.compare(prepared, CONFIG, tmp_path, **arms)
+
+    def test_what_was_removed_by_halves_stands_in_no_way(self, prepared, trained, monkeypatch):
+        """A process that was killed while it removed the oldest checkpoint."""
+        rmtree = shutil.rmtree
+
+        def killed(folder, **_):
+            rmtree(folder / "state")
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(prepared, trained, resume=True, epochs=8)
+        result = train(prepared, trained, overwrite=True, epochs=8)
+        assert len(result.losses) == 8
+        assert not [*trained.rglob("*-tmp*")]
+
     def test_what_a_killed_process_left_unfinished_goes(self, prepared, trained):
         (trained / ".partial-1-abc").write_bytes(b"half")
         (trained / "embeddings").mkdir()

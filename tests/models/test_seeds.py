@@ -1,7 +1,9 @@
 """Several seeds in one program: each is a run of its own, whatever happens to the others."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import signal
 
@@ -10,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models import files
 from models.__main__ import main
 from models.architectures.registry import make_config
 from models.data import drifting_interests
-from models.training import compare, loop
-from models.training.checkpoints import Checkpoints
+from models.training import compare, loop, run
+from models.training.checkpoints import CheckpointError, Checkpoints
 from models.training.files import read_history
 from models.training.run import Result
 from models.training.training_data import make_training_data
@@ -217,9 +220,15 @@ def test_diverging_in_the_very_last_step_is_noticed(prepared, tmp_path, monkeypa
         assert len(Result.read(tmp_path / "seed-2" / "result.json").losses) == 6
 
 
-def test_an_interrupted_epoch_that_becomes_the_last_is_evaluated(prepared, tmp_path, monkeypatch, trained):
-    """Saved after epoch 3, between two evaluations, and asked for no more than these three."""
-    whole = loop.train(prepared, dataclasses.replace(CONFIG, epochs=3), "adamw", tmp_path / "whole")
+@pytest.mark.parametrize("eval_every", [2, 5])
+@pytest.mark.parametrize("failing", ["late.json", "history.jsonl", None])
+def test_an_interrupted_epoch_that_becomes_the_last_is_evaluated(
+    prepared, tmp_path, monkeypatch, trained, eval_every, failing
+):
+    """Saved after epoch 3, between two evaluations, and asked for no more than these three; maybe on a full disk."""
+    longer = dataclasses.replace(CONFIG, eval_every=eval_every)
+    config = dataclasses.replace(longer, epochs=3)
+    whole = loop.train(prepared, config, "adamw", tmp_path / "whole")
 
     class Interrupted(loop.Progress):
         def epoch(self, number, **shown):
@@ -230,14 +239,32 @@ def test_an_interrupted_epoch_that_becomes_the_last_is_evaluated(prepared, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Progress", Interrupted)
         with pytest.raises(KeyboardInterrupt, match="interrupted after epoch 3"):
-            loop.train(prepared, CONFIG, "adamw", tmp_path / "run")
+            loop.train(prepared, longer, "adamw", tmp_path / "run")
     trained.clear()
-    resumed = loop.train(prepared, dataclasses.replace(CONFIG, epochs=3), "adamw", tmp_path / "run", resume=True)
+    if failing is not None:
+        write_text = files.write_text
+        left = [1 if failing == "late.json" else 2]  # the history is written before, too: as it was
+
+        def full(path, text):
+            left[0] -= path.name == failing
+            if not left[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            write_text(path, text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write_text", full)
+            patch.setattr(run, "write_text", full)
+            with pytest.raises((CheckpointError, OSError), match="No space left on device"):
+                loop.train(prepared, config, "adamw", tmp_path / "run", resume=True)
+        assert Checkpoints(tmp_path / "run").epochs()[-1] == 3
+    resumed = loop.train(prepared, config, "adamw", tmp_path / "run", resume=True)
     assert trained == []
     assert (resumed.losses, resumed.test, resumed.best_epoch) == (whole.losses, whole.test, whole.best_epoch)
+    assert resumed.validation == whole.validation
     assert "validation" in read_history(tmp_path / "run" / "history.jsonl")[2]
     found, wanted = (Checkpoints(tmp_path / name).load(3) for name in ("run", "whole"))
-    assert found.progress["best_epoch"] == wanted.progress["best_epoch"] == whole.best_epoch
+    for name in ("best", "best_epoch", "stale"):
+        assert found.progress[name] == wanted.progress[name]
     for leaf in found.leaves:
         np.testing.assert_array_equal(found.leaves[leaf], wanted.leaves[leaf])
 
