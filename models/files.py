@@ -113,16 +113,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds ``text`` to the end of a file.
+    """Adds ``text`` to the end of a file, as a whole or not at all, unless the process is killed.
 
     Raises:
       OSError: if it cannot be written; it names ``path``.
     """
     try:
-        with path.open("ab") as file:
-            file.write(text.encode("utf-8"))
+        data = text.encode("utf-8")
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(before)  # half of it would spoil what comes behind
+                raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def drop_half_line(path: Path) -> None:
+    """Cuts off what stands behind the last line's end, if there is such a file: a kill or a full disk left it."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
+        data = file.read()
+        if not data.endswith(b"\n"):
+            file.truncate(data.rfind(b"\n") + 1)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -228,7 +228,7 @@ class NegativeSampler:
         rank, *_ = _random_below(key, users.shape, self.num_items - (high - low))
         left, right = low, high
         for _ in range(self.longest.bit_length()):
-            middle = (left + right) // 2
+            middle = left + (right - left) // 2  # of the sum, int32 would be too small from 2³⁰ pairs on
             before = (left < right) & (self.unseen_before[middle] <= rank)
             left, right = jnp.where(before, middle + 1, left), jnp.where(before, right, middle)
         return rank + 1 + left - low

@@ -80,7 +80,6 @@ class TrainedModel:
         self.item_ids, self.config, self.users = item_ids, config, users
         self.num_items = len(item_ids) - 1
         self.query = model.query
-        self._context = {} if context is None else context
         self._number = item_lookup(item_ids)
         self._user = id_lookup(np.zeros(0, np.int64) if users is None else users.ids)
         self._num_behind = len(behind_history(model, self.num_items)) if model.query == "history" else 0
@@ -89,14 +88,13 @@ class TrainedModel:
 
         def top(
             state: Any,
-            context: Mapping[str, Any],
+            represented: Any,
             rows: jax.Array,
             seen: tuple[jax.Array, jax.Array],
             allowed: jax.Array | None,
             k: int,
         ) -> tuple[jax.Array, jax.Array]:
             model = nnx.merge(graphdef, state)
-            represented = model.represent(context)
             if model.query == "user":
                 scores = user_scores(model, represented, rows, num_items=self.num_items)
             else:
@@ -108,6 +106,9 @@ class TrainedModel:
             return jax.lax.top_k(scores.at[seen].set(-jnp.inf), k)
 
         self._top = jit(top, static_argnums=5)
+        # Once, not for each request: a model over a graph takes the whole of it.
+        represent = jit(lambda state, context: nnx.merge(graphdef, state).represent(context))
+        self._represented = represent(self._state, {} if context is None else context)
 
     @classmethod
     def load(cls, directory: str | Path, which: Which = "best") -> Self:
@@ -327,7 +328,7 @@ class TrainedModel:
         room = rows.size * _power_of_two(-(-max(1, len(items)) // rows.size))
         pairs = np.pad(np.stack([users, items]), ((0, 0), (0, room - len(items)))).astype(np.int32)  # 0 is no item
         size = min(self.num_items, max(SHORTEST_LIST, _power_of_two(k)))
-        return self._top(self._state, self._context, rows, tuple(pairs), allowed, size)
+        return self._top(self._state, self._represented, rows, tuple(pairs), allowed, size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -496,13 +497,14 @@ class Checkpoints:
           CheckpointError: if there are checkpoints, but none can be read, or one belongs to another run.
         """
         found, failure = False, None
-        for epoch in reversed(self.epochs()):
+        listed = self.epochs()
+        for epoch in reversed(listed):
             try:
                 checkpoint = self.load(epoch)
             except CheckpointError as error:
                 failure = error
-                if is_first():
-                    tqdm.write(f"{error}; it is left out")
+                if is_first() and self._folder(epoch).exists():
+                    tqdm.write(f"{error}; it is left out", file=sys.stderr)
                 continue
             if self.run and checkpoint.progress.get("run", self.run) != self.run:
                 raise CheckpointError(
@@ -512,6 +514,9 @@ class Checkpoints:
             found = True
             yield checkpoint
         if failure is not None and not found:
+            if self.epochs() != listed:  # the run goes on, and has replaced them
+                yield from self.readable()
+                return
             raise CheckpointError(f"{failure}, and there is no other; train again with --overwrite")
 
     def remove_after(self, epoch: int) -> None:

@@ -85,14 +85,18 @@ def read_history(path: Path, count: int | None = None) -> list[dict[str, Any]]:
 
     Args:
       path: the file.
-      count: how many records; what follows is not looked at. None: all.
+      count: how many records; what follows is not looked at. None: all that are whole: of a line that a full disk or a
+        kill has cut, nothing is left.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if it is damaged; it names the file and the line.
     """
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines()[:count], start=1):
+    lines = path.read_bytes().splitlines(keepends=True)
+    if count is None and lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    for number, line in enumerate(lines[:count], start=1):
         try:
             record = json.loads(line)
             intact = record["epoch"] == number and isinstance(record["loss"], float | int)

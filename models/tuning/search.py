@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.config import SELECTION, TrainConfig
-from models.files import LOCK, claim, read_json, write_json, write_text
+from models.files import LOCK, claim, drop_half_line, read_json, write_json, write_text
 from models.memory import OutOfMemoryError, out_of_memory_told
 from models.training import loop
 from models.training.checkpoints import MAY_DIFFER, fingerprint, is_run
@@ -383,6 +383,7 @@ def _open_study(path: Path, base: TrainConfig, pruner: Pruner) -> "optuna.Study"
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
 
+    drop_half_line(path)
     return optuna.create_study(
         study_name="sevo-optax",
         # Its lock is a link to this path: a relative one would be looked up from the link's own folder.

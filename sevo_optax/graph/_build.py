@@ -284,7 +284,8 @@ def _estimate_shared(incidence: scipy.sparse.csr_array, sharing: np.ndarray) -> 
     sample = np.random.default_rng(0).choice(active, min(256, active.size), replace=False)
     members = incidence.T.tocsr()
     counts = [(incidence[[node]] @ members).nnz for node in sample]
-    return int(np.mean(counts) * active.size)
+    # The sample may miss one attribute that very many share: among themselves, these are pairs in any case.
+    return max(int(np.mean(counts) * active.size), int(sharing.max(initial=0)) ** 2)
 
 
 def _is_missing(value: Any) -> bool:

@@ -178,7 +178,7 @@ def _row_of(nodes: np.ndarray, ranges: Ranges) -> np.ndarray:
     base = 0
     for start, stop in ranges:
         inside = (nodes >= start) & (nodes < stop)
-        row[inside] = nodes[inside] - (start - base)
+        row[inside] = nodes[inside].astype(np.int64) - (start - base)
         base += stop - start
     return row
 

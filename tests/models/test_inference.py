@@ -41,6 +41,17 @@ def raw(interactions):
     return [interactions.item_ids[items].tolist() for items in interactions]
 
 
+def test_what_does_not_depend_on_the_request_is_computed_once(monkeypatch):
+    config, data = make_config("lightgcn", embedding_dim=4), small_data(IDS)
+    prepared = make_training_data(data, config)
+    train = prepared.split.train
+    model = make_model(config, num_users=train.num_users, num_items=train.num_items, seed=0)
+    users = KnownUsers.from_interactions(data, train.user_ids)
+    trained = TrainedModel(model, data.item_ids, config, prepared.context, users)
+    monkeypatch.setattr(type(model), "represent", lambda *_: pytest.fail("computed again"))
+    assert [len(one.items) for one in trained.recommend_to_users(users.ids[:2].tolist())] == [10, 10]
+
+
 def test_recommends_in_the_order_of_the_evaluation(run, monkeypatch):
     monkeypatch.setattr(serving, "USERS_AT_ONCE", 16)
     monkeypatch.setattr(serving, "SHORTEST_ROW", 4)  # rows of 4 (sasrec only), 8 and 12

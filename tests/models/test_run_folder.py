@@ -158,6 +158,21 @@ class TestOthersFiles:
         assert len(result.losses) == 8
         assert not [*trained.rglob("*-tmp*")]
 
+    def test_a_reader_of_a_run_that_goes_on_finds_what_is_there_now(self, trained, monkeypatch, capsys):
+        load, listed = Checkpoints.load, Checkpoints(trained).epochs()
+
+        def load_late(self, epoch):
+            if epoch in listed:  # what was listed is gone when it is read
+                for old in listed[:]:
+                    (self.directory / str(old)).rename(self.directory / str(old + 100))
+                    listed.remove(old)
+                raise CheckpointError(f"{epoch} cannot be read")
+            return load(self, epoch)
+
+        monkeypatch.setattr(Checkpoints, "load", load_late)
+        assert [checkpoint.epoch for checkpoint in Checkpoints(trained).readable()] == [106, 104]
+        assert capsys.readouterr() == ("", "")
+
     def test_what_a_killed_process_left_unfinished_goes(self, prepared, trained):
         (trained / ".partial-1-abc").write_bytes(b"half")
         (trained / "embeddings").mkdir()

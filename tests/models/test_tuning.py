@@ -292,6 +292,16 @@ class TestSearch:
                 tune(tmp_path / "killed", 12)
         assert tune(tmp_path / "killed", 12, resume=True)[0].trials == whole.trials
 
+    @pytest.mark.parametrize("cut", [1, 20])
+    def test_a_line_that_a_full_disk_has_cut_is_written_again(self, tmp_path, stub, cut):
+        whole, _ = tune(tmp_path / "whole", 5)
+        tune(tmp_path / "cut", 3)
+        journal = tmp_path / "cut" / search.JOURNAL
+        journal.write_bytes(journal.read_bytes()[:-cut])
+        for trials in (4, 5):
+            found, _ = tune(tmp_path / "cut", trials, resume=True)
+        assert found.trials == whole.trials
+
     def test_what_cannot_be_trained_is_no_end(self, tmp_path, stub, monkeypatch):
         def height(config):
             if config.learning_rate > 0.1:

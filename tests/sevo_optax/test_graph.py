@@ -525,6 +525,14 @@ def test_from_parquet_in_shards_reads_what_an_engine_aggregated(tmp_path):
     )
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16"])
+def test_from_parquet_in_shards_takes_narrow_columns(tmp_path, dtype):
+    path = write(tmp_path / "edges.parquet", source=np.array([0, 1, 100], dtype), target=np.array([1, 2, 101], dtype))
+    shards = graph.from_parquet(path, num_nodes=100_000, num_shards=2, weight=None)
+    whole = graph.to_scipy(graph.from_parquet(path, num_nodes=100_000, weight=None))
+    assert [part.nnz for part in shards] == [whole.nnz, 0]
+
+
 def test_from_parquet_maps_columns(reader, tmp_path):
     path = write(tmp_path / "edges.parquet", a=[0, 1], b=[1, 2], count=[3, 4])
     names = {"source": "a", "target": "b"}

@@ -95,6 +95,14 @@ def test_shared_attributes_are_estimated_from_a_sample(monkeypatch):
         graph.shared_attributes(nodes, attributes, num_nodes=4000)
 
 
+def test_an_attribute_that_many_share_is_seen_without_a_sample(monkeypatch):
+    """Two nodes of a thousand: the 256 that are counted have none of them more often than one."""
+    nodes = np.arange(500_000)
+    incidence = scipy.sparse.csr_array((np.ones(nodes.size), (nodes, np.where(nodes < 1000, 0, nodes))))
+    monkeypatch.setattr(_matrices, "CHUNK", 1000)
+    assert _build._estimate_shared(incidence, np.bincount(incidence.indices)) >= 1000**2
+
+
 @pytest.mark.parametrize(
     "build",
     [
