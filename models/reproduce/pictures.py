@@ -16,6 +16,9 @@ from models.reproduce.summaries import RowCells, Summary, TableCells, average_ga
 from models.reproduce.tables import PLAIN, SeedGroup, settings_in_words
 
 TEST = f"test {SELECTION}"
+ENERGY = "Dirichlet energy J"
+# What the paper calls what its figures vary.
+AXES = {"num_layers": "L (num_layers)", "graph_max_length": "K (graph_max_length)", "max_hops": "H (max_hops)"}
 
 
 def draw_curves(row: RowCells, path: Path) -> None:
@@ -160,9 +163,12 @@ def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Pa
         means = [math.nan if summary is None else summary.mean() for _, summary in points]
         lines.append(plots.Line(label, None, [x for x, _ in points], means, spread))
     published = [plots.Line(label, None, *zip(*points, strict=True)) for label, points in theirs.items()]
-    title = rows[0].row.title if len(rows) == 1 else dataset
+    subjects = {row.row.subject for row in rows}
+    title = (
+        rows[0].row.title if len(rows) == 1 else ", ".join([*subjects, dataset] if len(subjects) == 1 else [dataset])
+    )
     ylabel = TEST if len(seeds) != 1 else f"{TEST}, seed {next(iter(seeds))}"
-    return plots.Panel(title, over, ylabel, lines, published, list(levels.items()), categories=True)
+    return plots.Panel(title, AXES.get(over, over), ylabel, lines, published, list(levels.items()), categories=True)
 
 
 def _line_label(row: RowCells, rows: Sequence[RowCells], group: SeedGroup, over: str) -> str:
@@ -222,7 +228,7 @@ def _draw_smoothness(found: TableCells, path: Path) -> bool:
                     lines.append(plots.Line(f"{over} {value}", None, *zip(*points, strict=True)))
             first = measured == "raw update"  # the second has the same lines, and less room
             title = f"{row.row.title}: {measured}"
-            panels.append(plots.Panel(title, "epoch", "J", lines, log=True, legend=first))
+            panels.append(plots.Panel(title, "epoch", ENERGY, lines, log=True, legend=first))
         ours, theirs = [], []
         for measured in ("smoothed update", "embedding"):
             points = [(value, s.energy(measured)) for value, s, _ in values if s is not None]
@@ -233,7 +239,7 @@ def _draw_smoothness(found: TableCells, path: Path) -> bool:
             if known:
                 theirs.append(plots.Line(measured, None, *zip(*known, strict=True)))
         title = f"{row.row.title}: at the end"
-        panels.append(plots.Panel(title, over, "J", ours, theirs, categories=True, log=True))
+        panels.append(plots.Panel(title, over, ENERGY, ours, theirs, categories=True, log=True))
     if panels:
         plots.panels(panels, path, title=found.table.title, columns=3)
     return bool(panels)
@@ -245,7 +251,7 @@ def _draw_gains(found: TableCells, path: Path) -> bool:
     for base in ("adam", "adamw"):
         rows = comparable_rows(found.rows, base)
         gains = {(x.subject, x.arm, tuple(x.settings.items())): x for x in average_gains(rows, base, complete=True)}
-        panels[f"over {base}"] = [
+        panels[f"over {base}" + ("; published: of all data sets" if base == "adam" else "")] = [
             plots.Bar(
                 ", ".join(filter(None, [key[0], settings_in_words(dict(key[2]))])),
                 plots.PALETTE[i % 2],
@@ -302,6 +308,9 @@ def _draw_maps(found: TableCells, results_dir: Path, path: Path) -> bool:
 
 
 def _with_seeds(summary: Summary, count: int | None = None) -> str:
-    """What a group is called, with how many seeds are drawn; None: all."""
+    """What a group is called, with how many seeds are drawn (None: all), and how many epochs, if some are missing."""
     count = len(summary.cells) if count is None else count
-    return summary.group.label + (f" ({count} seeds)" if count > 1 else "")
+    marks = [f"{count} seeds"] if count > 1 else []
+    if summary.short:
+        marks.append(f"{summary.epochs} of {summary.group.config().epochs} epochs")
+    return summary.group.label + (f" ({', '.join(marks)})" if marks else "")

@@ -16,9 +16,9 @@ from models.reproduce.cells import Cell, Cells
 from models.reproduce.claims import claim_lines
 from models.reproduce.pictures import draw_curves, draw_table, draw_who_gains, smoothness_lines
 from models.reproduce.status import duration, seconds_of
-from models.reproduce.summaries import RowCells, TableCells, average_gains
+from models.reproduce.summaries import RowCells, TableCells, average_gains, with_common_seeds
 from models.reproduce.tables import METRICS, PLAIN, Measured, Published, Table, table_names
-from models.training.time_to_quality import MEASURES
+from models.training.time_to_quality import MEASURES, time_to_quality
 
 NONE = "–"
 # The kinds of pictures below which every row has its own figures.
@@ -45,7 +45,10 @@ what, and roughly how long it takes). What is written by hand stands in the note
   are known, that of the published mean; for a single run of ours the published runs' deviation stands in;
 * trained until adamw's best: until validation NDCG@10, as often as it is evaluated, is first as high as that of plain
   AdamW with the same seed at its best epoch; mean ± deviation over the seeds that get there (triangles in pictures).
-  Seconds are of training alone: epochs times seconds an epoch. Steps are given where the cells have them;
+  "adamw": its own epochs with these seeds. Seconds are of training alone, epochs times seconds an epoch, and of runs
+  that had other work beside them: what an epoch costs, Figure 3 measures. Steps are given where the cells have them;
+* of common seeds: the mean test NDCG@10 over the seeds (in brackets) that all lines of a row have, where some have
+  more: what compares lines with each other;
 * by training interactions of the item to find, by items in the user's history: the test users in groups, in cells that
   have them; in brackets the gain over plain AdamW with the same seeds. Coverage is the share of the catalogue that is
   among anybody's first ten;
@@ -169,7 +172,12 @@ def _overview_parts(rows: Sequence[RowCells]) -> list[str]:
     for arm in bases:
         header += [f"gain over {arm}", "p"]
     header.append("published gain")
-    parts = [markdown(header, [line for row in rows for line in overview(row, bases)], left=2)]
+    lines = [line for row in rows for line in overview(row, bases)]
+    common = [text for row in rows for text in of_common_seeds(row)]
+    if any(text != NONE for text in common):
+        header.insert(4, "of common seeds")
+        lines = [[*line[:4], text, *line[4:]] for line, text in zip(lines, common, strict=True)]
+    parts = [markdown(header, lines, left=2)]
     if any(row.chosen(summary) for row in rows for summary in row.summaries):
         parts.append(
             "**Bold**: the best of its optimizer on the validation items, in the epochs that all of them have."
@@ -213,6 +221,15 @@ def overview(row: RowCells, bases: Sequence[Optimizer]) -> list[list[str]]:
         ours = _with_deviation(summary.mean(), summary.deviation())
         lines.append([title, label, str(len(summary.cells)), ours, *comparison, *gains, theirs])
     return lines
+
+
+def of_common_seeds(row: RowCells) -> list[str]:
+    """Of each line of a row, the mean NDCG@10 of the seeds that all of them have, and these; – if all have the same."""
+    compared = with_common_seeds(dict(enumerate(row.summaries)))
+    if not compared or all(len(x.cells) == len(compared[i].cells) for i, x in enumerate(row.summaries)):
+        return [NONE] * len(row.summaries)
+    seeds = ", ".join(str(cell.seed) for cell in compared[0].cells)
+    return [f"{x.mean():.4f} ({seeds})" for x in compared.values()]
 
 
 def _gains_parts(found: TableCells) -> list[str]:
@@ -380,10 +397,15 @@ def times_to_quality(row: RowCells) -> list[list[str]]:
     found = row.times_to_quality()
     measures = [x for x in MEASURES if any(getattr(reached, x) is not None for _, reached in found)]
     header = [f"trained until adamw's best validation {SELECTION}", "seeds that reach it", *measures]
+    header.insert(3, "adamw")
     lines = []
     for summary, reached in found:
         seeds = f"{reached.reached} of {len(reached.seeds)}"
-        lines.append([summary.label, seeds, *(reached.text(measure, NONE) for measure in measures)])
+        line = [summary.label, seeds, *(reached.text(measure, NONE) for measure in measures)]
+        base = row.plain_adamw(summary).courses
+        itself = time_to_quality({seed: base[seed] for seed in reached.seeds}, base)
+        line.insert(3, NONE if summary.group.arm == "adamw" else itself.text("epochs"))
+        lines.append(line)
     return [header, *lines] if lines else []
 
 
