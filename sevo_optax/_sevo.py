@@ -1,12 +1,12 @@
 """Structure-aware embedding evolution as an optax transformation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sevo_optax import _propagate, _sharded, _tables, _weights
 from sevo_optax._propagate import CSR, Method
@@ -173,13 +173,19 @@ def sevo(
             dtypes = [leaves[i].dtype for i in positions]
             rows = [leaves[i].shape[axis] for i in positions]
         dtype = _propagate.compute_dtype(*dtypes)
+        count = jnp.zeros([], jnp.int32)
         graph: CSR | ShardedCSR
         if graph_sharding is None:
             graph = _propagate.to_device(matrix, dtype)
         else:
-            graph = _sharded.to_devices(shards, rows, graph_sharding, dtype, normalize)
+            with jax.ensure_compile_time_eval():  # also while this is traced, for shapes or under jit
+                graph = _sharded.to_devices(shards, rows, graph_sharding, dtype, normalize)
+            place = NamedSharding(graph_sharding.mesh, PartitionSpec(graph_sharding.spec[0]))
+            if is_traced(count) and jax.sharding.AxisType.Explicit not in place.mesh.axis_types:
+                # jit would put it where it likes; explicit axes are in its type already.
+                graph = jax.lax.with_sharding_constraint(graph, place)
         return SEvoState(
-            count=jnp.zeros([], jnp.int32),
+            count=count,
             graph=graph,
             residual=jnp.zeros([], jnp.float32) if method == "exact" else None,
         )
@@ -267,6 +273,11 @@ def _check_graph(graph: Any, num_nodes: int, num_entries: int) -> CSR:
             f"the state of sevo(...) holds the graph of {nodes} nodes and {entries} entries, but this transformation "
             f"was made for one of {num_nodes} nodes and {num_entries} entries; {_EXCHANGE}"
         )
+    if not jnp.issubdtype(graph.indices.dtype, jnp.integer):
+        raise ValueError(
+            f"the state of sevo(...) holds a graph whose indices are {graph.indices.dtype}; cast without_graphs(state) "
+            "instead, and put the graph back by with_graphs"
+        )
     whole: CSR = graph
     return whole
 
@@ -316,8 +327,8 @@ def state_axes(state: optax.OptState, axis: int = 0) -> Any:
             return axis
         whole: Any = None
         own: Any = axis
-        kind = ShardedCSR if isinstance(leaf.graph, ShardedCSR) else CSR
-        return SEvoState(own, kind(*[whole] * len(kind._fields)), whole if leaf.residual is None else own)
+        graph = None if leaf.graph is None else type(leaf.graph)(*[whole] * len(leaf.graph))
+        return SEvoState(own, graph, whole if leaf.residual is None else own)
 
     return jax.tree.map(axes, state, is_leaf=lambda leaf: isinstance(leaf, SEvoState))
 
@@ -341,7 +352,7 @@ def without_graphs(state: optax.OptState) -> Any:
       >>> state = with_graphs(saved, tx.init(params))
       >>> updates, state = tx.update(params, state)
     """
-    return _map_states(lambda leaf: leaf._replace(graph=None), state)
+    return _map_states(lambda leaf: leaf._replace(graph=cast(Any, None)), state)
 
 
 def with_graphs(state: optax.OptState, like: optax.OptState) -> Any:
@@ -355,7 +366,7 @@ def with_graphs(state: optax.OptState, like: optax.OptState) -> Any:
       ``state`` with graphs.
 
     Raises:
-      ValueError: if the two states differ in structure.
+      ValueError: if one holds more states of ``sevo`` than the other.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -365,22 +376,25 @@ def with_graphs(state: optax.OptState, like: optax.OptState) -> Any:
       >>> with_graphs(without_graphs(state), state).graph is state.graph
       True
     """
+    # By their order: the containers around them may differ, as Flax wraps what stands in its optimizers.
+    mine, fresh = _states(state), _states(like)
+    if len(mine) != len(fresh):
+        raise ValueError(
+            f"like must be a state of the same transformation, as tx.init(params) returns it, but it holds "
+            f"{len(fresh)} states of sevo, and state {len(mine)}"
+        )
+    graphs = iter([leaf.graph for leaf in fresh])
+    return _map_states(lambda leaf: leaf._replace(graph=next(graphs)), state)
 
-    def put_back(leaf: SEvoState, fresh: Any) -> SEvoState:
-        if not isinstance(fresh, SEvoState):
-            raise ValueError(
-                f"like must be a state of the same transformation, as tx.init(params) returns it, but where state has "
-                f"one of sevo it has {type(fresh).__name__}"
-            )
-        return leaf._replace(graph=fresh.graph)
 
-    return _map_states(put_back, state, like)
+def _is_state(leaf: Any) -> bool:
+    return isinstance(leaf, SEvoState)
 
 
-def _map_states(change: Callable[..., SEvoState], *states: optax.OptState) -> Any:
-    """Applies ``change`` to every SEvoState; all other leaves are those of the first tree."""
-    return jax.tree.map(
-        lambda *leaves: change(*leaves) if isinstance(leaves[0], SEvoState) else leaves[0],
-        *states,
-        is_leaf=lambda leaf: isinstance(leaf, SEvoState),
-    )
+def _states(tree: optax.OptState) -> list[SEvoState]:
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(leaf)]
+
+
+def _map_states(change: Callable[[SEvoState], SEvoState], state: optax.OptState) -> Any:
+    """Applies ``change`` to every SEvoState, in the order of the tree."""
+    return jax.tree.map(lambda leaf: change(leaf) if _is_state(leaf) else leaf, state, is_leaf=_is_state)

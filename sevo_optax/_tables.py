@@ -97,16 +97,21 @@ def find(
         return [0], leaves, names, treedef
     positions = []
     for path in tables:
-        matches = [i for i, name in enumerate(names) if name == path or name.startswith(path + "/")]
+        matches = _matches(path, names) or _matches(path.removesuffix("/value"), names)
         if len(matches) != 1:
             found = "matches no array" if not matches else f"matches {len(matches)} arrays"
+            advice = "" if matches else f"{_suggest(names, leaves, num_nodes)}; "
             raise ValueError(
-                f"tables: the path {path!r} {found}, but it must name exactly one; {_describe(names, leaves)}"
+                f"tables: the path {path!r} {found}, but it must name exactly one; {advice}{_describe(names, leaves)}"
             )
         positions += matches
     if len(set(positions)) < len(positions):
         raise ValueError(f"tables: {tables!r} names the same array twice; {_describe(names, leaves)}")
     return positions, leaves, names, treedef
+
+
+def _matches(path: str, names: Sequence[str]) -> list[int]:
+    return [i for i, name in enumerate(names) if name == path or name.startswith(path + "/")]
 
 
 def resolve_axis(node_axis: Any, shapes: Sequence[tuple[int, ...]], num_nodes: int | None = None) -> int:
@@ -204,7 +209,7 @@ def _width(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 def stack(leaves: Sequence[jax.Array], axis: int, dtype: Any) -> jax.Array:
     """The rows of all leaves, in this order, as one matrix of shape (nodes, dim) and of ``dtype``."""
     rows = [jnp.moveaxis(leaf, axis, 0) for leaf in leaves]
-    blocks = [block.reshape(block.shape[0], -1).astype(dtype) for block in rows]
+    blocks = [block.reshape(block.shape[0], math.prod(block.shape[1:])).astype(dtype) for block in rows]
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks)
 
 

@@ -125,7 +125,7 @@ def _told_apart(difference: float, named: str, deviation: float | None, num_seed
 def _deviation(row: RowCells) -> float | None:
     """The largest deviation over seeds of SEvo in a row; None: nothing has several."""
     several = [x for x in row.summaries if x.group.arm == SEVO and len(x.cells) > 1]
-    return max((x.deviation() for x in several), default=None)
+    return max([x.deviation() or 0.0 for x in several], default=None)
 
 
 def _layers(found: Found) -> Verdict:

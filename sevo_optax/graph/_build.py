@@ -53,10 +53,10 @@ def cooccurrence(
     the number of distinct edges.
 
     Args:
-      sequences: item ids in 0..num_nodes-1, oldest first: a list (or another iterable, read once) of
-        integer sequences of any lengths. Or the tuple ``(flat_items, offsets)``, the fastest form:
-        sequence number s is ``flat_items[offsets[s]:offsets[s + 1]]``. A tuple of length two is
-        always read in this second way.
+      sequences: item ids in 0..num_nodes-1, oldest first and without padding: a list (or another
+        iterable, read once) of integer sequences of any lengths. Or the tuple
+        ``(flat_items, offsets)``, the fastest form: sequence number s is
+        ``flat_items[offsets[s]:offsets[s + 1]]``. A tuple of length two is always read so.
       num_nodes: number of nodes of the graph, at least the largest id plus one.
       max_length: :math:`K`, how many items of a sequence to look at; None looks at all.
       keep: which end of a longer sequence to keep, "last" or "first".

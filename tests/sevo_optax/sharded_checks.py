@@ -309,6 +309,18 @@ def check_split_graph_in_an_optimizer():
     assert_close(derivative, wanted)
 
 
+def check_a_traced_init_splits_the_graph():
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        tx = sevo(WEIGHTS, graph_sharding=split_over(kind))
+        graph = tx.init(X).graph
+        assert [x.shape for x in jax.eval_shape(tx.init, X).graph] == [x.shape for x in graph]
+        with jax.set_mesh(split_over(kind).mesh):
+            traced = jax.jit(tx.init)(X).graph
+        for one, other in zip(traced, graph, strict=True):
+            np.testing.assert_array_equal(one, other)
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim), (one.sharding, other.sharding)
+
+
 def check_inside_shard_map():
     mesh = mesh_of(AxisType.Explicit)
     tx = sevo(WEIGHTS)

@@ -144,10 +144,12 @@ def test_state_of_another_graph_is_refused(weights, table):
     thinner[i, j] = thinner[j, i] = 0
     with pytest.raises(ValueError, match=r"start with tx\.init\(params\), or exchange the graph alone: with_graphs"):
         tx.update(table, sevo(thinner).init(table))
-    with pytest.raises(ValueError, match=r"like must be a state of the same transformation.* it has ArrayImpl"):
+    with pytest.raises(ValueError, match=r"like must be a state of the same .* it holds 0 states of sevo, and state 1"):
         sevo_optax.with_graphs(sevo_optax.without_graphs(tx.init(jnp.asarray(table))), jnp.asarray(table))
     with pytest.raises(ValueError, match=r"holds no graph; put it back: with_graphs\(state, tx\.init\(params\)\)"):
         tx.update(table, sevo_optax.without_graphs(tx.init(table)))
+    with pytest.raises(ValueError, match="holds a graph whose indices are bfloat16; cast without_graphs"):
+        tx.update(table, optax.tree.cast(tx.init(table), jnp.bfloat16))
     with pytest.raises(TypeError, match=r"the state of sevo.* is a ScaleByAdamState; wanted the SEvoState"):
         tx.update(table, optax.scale_by_adam().init(table))
 
