@@ -16,7 +16,8 @@ from tabulate import tabulate
 
 from models.checks import QUANTILES, check_titles
 from models.config import SELECTION, Duplicates, Grouping, ReadingConfig, SourceConfig, SplitMethod, TrainConfig
-from models.training.files import make_folder, refuse_run_file, refuse_same, write_bytes, write_json, write_text
+from models.files import make_folder, write_bytes, write_json, write_text
+from models.training.files import refuse_run_file, refuse_same
 
 if TYPE_CHECKING:
     from models.data import Interactions

@@ -35,11 +35,11 @@ from models.config import (
     SourceConfig,
     TrainConfig,
 )
+from models.files import make_folder
 from models.memory import out_of_memory_told
 from models.report import Report
 from models.reproduce import Reproduce
 from models.training import progress
-from models.training.files import make_folder
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m models"
 DESCRIPTION = "Trains, compares and uses recommenders. --version instead of a command says which release this is."
-USAGE_ERROR = 2
 PATHS = ("output_dir", "results_dir", "work_dir", "data_dir", "cache_dir", "checkpoint", "data", "histories", "titles")
 PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates", "vectors", "embeddings")
 PATHS += ("runs",)
+USAGE_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 FULL = (errno.ENOSPC, errno.EDQUOT)

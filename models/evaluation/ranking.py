@@ -16,6 +16,7 @@ from models.data import Interactions
 from models.evaluation import metrics
 from models.evaluation.queries import Histories, UserQueries, make_queries
 from models.evaluation.split import split_ranks, split_top_items
+from models.memory import USERS_AT_ONCE
 from models.mesh import DATA, constrain, current_mesh, fill_up, split_catalogue, whole
 
 
@@ -68,7 +69,7 @@ class FullRanking:
         config: Any,
         user_ids: np.ndarray | None = None,
         exclude_seen: bool = True,
-        chunk_size: int = 256,
+        chunk_size: int = USERS_AT_ONCE,
     ) -> "FullRanking":
         """Makes the queries and collects what is not to be ranked.
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from models.data import ids_to_arrays, ids_usage, write_item_vectors
 from models.evaluation.queries import history_scores, user_scores
+from models.files import write_bytes
 from models.training.checkpoints import LoadedRun
-from models.training.files import write_bytes
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".jaxexport"

@@ -19,10 +19,10 @@ from models.data import Interactions, Split, id_lookup, item_lookup, item_number
 from models.evaluation.groups import Groups, summarize_groups
 from models.evaluation.queries import behind_history, history_scores, user_scores
 from models.evaluation.ranking import FullRanking, make_test
+from models.memory import USERS_AT_ONCE
 from models.training.beside import KnownUsers
 from models.training.checkpoints import LoadedRun, Which, load_run
 
-USERS_AT_ONCE = 256
 SCORES_AT_ONCE = 2**26  # 256 MiB
 # Shapes are rounded up to powers of two from here on, so that few of them are ever compiled.
 SHORTEST_ROW = 16

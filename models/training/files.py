@@ -6,18 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from models.config import SELECTION
-from models.files import make_folder, write_bytes, write_json, write_text
-
-__all__ = [
-    "curve",
-    "make_folder",
-    "read_history",
-    "refuse_run_file",
-    "refuse_same",
-    "write_bytes",
-    "write_json",
-    "write_text",
-]
 
 # Where a run keeps the item tables that it was asked for.
 EMBEDDINGS = "embeddings"

@@ -349,7 +349,9 @@ def wait_for_epochs(process, directory, count):
 def test_killed_at_a_random_moment_and_resumed(tmp_path, data_file, monkeypatch):
     # Killed while writing a compiled program, it leaves the others' folder whole.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
-    moment = random.Random()
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")  # pytest shows it with what failed
+    moment = random.Random(seed)
     finish(start_training(tmp_path / "whole", data_file, 60))
     process = start_training(tmp_path / "killed", data_file, 60)
     wait_for_epochs(process, tmp_path / "killed", moment.randrange(1, 40))

@@ -151,7 +151,7 @@ class TestWriting:
         assert caught.value.filename == str(path)
         assert not list(tmp_path.iterdir())
 
-    def test_json_fails_whole(self, tmp_path):
+    def test_what_is_no_json_leaves_what_was_there(self, tmp_path):
         write_json(tmp_path / "a.json", {"kept": 1})
         with pytest.raises(TypeError):
             write_json(tmp_path / "a.json", {"not json": object()})

@@ -20,6 +20,7 @@ import models.training.training_data
 from models import plots
 from models.__main__ import main
 from models.data import load_interactions
+from models.files import write_text
 from models.reproduce import Reproduce, costs, maps, runner, tables
 from models.reproduce.cells import Cell, Cells, cell_path, identity_of, portable
 from models.reproduce.claims import CLAIMS, Verdict, claim_lines
@@ -30,7 +31,7 @@ from models.reproduce.status import seconds_of
 from models.reproduce.summaries import RowCells, TableCells, average_gains, comparable_rows
 from models.reproduce.tables import METRICS, load_table, table_names
 from models.training import compare, loop
-from models.training.files import read_history, write_text
+from models.training.files import read_history
 from models.training.training_data import make_training_data
 from tests.models import stopped_workers
 

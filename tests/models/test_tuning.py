@@ -12,10 +12,9 @@ from models.__main__ import main
 from models.architectures.registry import config_from_dict
 from models.config import SELECTION
 from models.data import load_interactions
-from models.files import LOCK, claim
+from models.files import LOCK, claim, write_text
 from models.memory import OutOfMemoryError
 from models.training import loop
-from models.training.files import write_text
 from models.training.interrupts import StoppedError
 from models.tuning import search
 from models.tuning.search import Outcome
