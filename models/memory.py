@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.checks import SAMPLED_LOSSES
@@ -25,8 +24,6 @@ STATES_A_TOKEN = 5
 # Users scored at once in evaluations.
 USERS_AT_ONCE = 256
 NUMBER = 4  # bytes of a float32 or int32
-# Where the kernel says what a process in a container may use.
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50, "EiB": 2**60}
 
 
@@ -158,6 +155,8 @@ def memory_size(num_devices: int = 1) -> int:
     """The bytes that training may use: those of the devices, or on a CPU of the machine or the container."""
     import jax
 
+    from sevo_optax import _memory
+
     device = jax.local_devices()[0]
     statistics = device.memory_stats() or {}
     if device.platform != "cpu" and "bytes_limit" in statistics:
@@ -165,9 +164,9 @@ def memory_size(num_devices: int = 1) -> int:
     sizes = []
     if hasattr(os, "sysconf"):  # Windows does not tell its memory that way
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for path in LIMITS:
+    for limit, _ in _memory.control_groups():
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            sizes.append(int(path.read_text()))
+            sizes.append(int(limit.read_text()))
     return min(sizes, default=sys.maxsize)
 
 

@@ -1,7 +1,8 @@
 """What the host can still hold, so that a graph too large for it is refused before anything is allocated."""
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 # Below this nobody runs out of memory, and nothing is looked up.
 _SMALL = 1 << 28
@@ -34,9 +35,9 @@ def require_memory(needed: float, what: str, remedy: str) -> None:
         )
 
 
-def _number(path: str) -> int | None:
+def _number(path: Path) -> int | None:
     try:
-        return int(Path(path).read_text())
+        return int(path.read_text())
     except (OSError, ValueError):  # no such file here, or "max"
         return None
 
@@ -54,16 +55,37 @@ def _system() -> int | None:
         return None
 
 
+def control_groups() -> Iterator[tuple[Path, Path]]:
+    """The files with the limit and the use of each control group that this process is in, from its own to the root.
+
+    A job of Slurm or systemd has its limit in a group of its own; inside a container, the root is the container's.
+    """
+    versions = {
+        "": (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+        "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    }
+    places = dict.fromkeys(versions, "/")
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, place = line.split(":", 2)
+            places |= {kind: place for kind in kinds.split(",") if kind in versions}
+    except (OSError, ValueError):  # no such file here
+        pass
+    for kind, (root, limit, usage) in versions.items():
+        inside = PurePosixPath(places[kind].lstrip("/"))
+        for group in (inside, *inside.parents):
+            if ".." not in group.parts:  # of a group above the container's root
+                yield root / group / limit, root / group / usage
+
+
 def _container() -> int | None:
-    """What the control group leaves, in its second or its first version."""
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    """What the control groups leave."""
+    rooms = []
+    for limit, usage in control_groups():
         allowed, used = _number(limit), _number(usage)
         if allowed is not None and used is not None:
-            return allowed - used + _file_cache(Path(usage).parent / "memory.stat")
-    return None
+            rooms.append(allowed - used + _file_cache(usage.parent / "memory.stat"))
+    return min(rooms, default=None)
 
 
 def _file_cache(stat: Path) -> int:

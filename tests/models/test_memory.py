@@ -12,6 +12,7 @@ from models.architectures.registry import make_config, make_model
 from models.data import Interactions
 from models.memory import COPIES, Need, OutOfMemoryError, check_memory, out_of_memory_told, training_needs
 from models.training import loop
+from sevo_optax import _memory
 
 DATA = Interactions.from_sequences([[1, 2, 3, 4], [3, 4, 5]])
 
@@ -84,9 +85,9 @@ def test_a_container_lowers_what_there_is(tmp_path, monkeypatch):
     whole = memory.memory_size()
     (tmp_path / "max").write_text("max\n")
     (tmp_path / "low").write_text("12345\n")
-    monkeypatch.setattr(memory, "LIMITS", [tmp_path / "none", tmp_path / "max"])
+    monkeypatch.setattr(_memory, "control_groups", lambda: [(tmp_path / name, None) for name in ("none", "max")])
     assert memory.memory_size() >= whole
-    monkeypatch.setattr(memory, "LIMITS", [tmp_path / "low"])
+    monkeypatch.setattr(_memory, "control_groups", lambda: [(tmp_path / name, None) for name in ("low", "max")])
     assert memory.memory_size() == 12345
 
 

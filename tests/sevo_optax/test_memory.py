@@ -2,6 +2,7 @@
 
 import os
 import tracemalloc
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -151,9 +152,33 @@ def test_the_tightest_limit_counts(monkeypatch):
 
 
 def test_a_container_leaves_its_limit_less_what_it_uses(monkeypatch):
-    numbers = {"/sys/fs/cgroup/memory.max": 4 * GIB, "/sys/fs/cgroup/memory.current": 3 * GIB}
+    root = Path("/sys/fs/cgroup")
+    numbers = {root / "memory.max": 4 * GIB, root / "memory.current": 3 * GIB}
     monkeypatch.setattr(_memory, "_number", numbers.get)
     monkeypatch.setattr(_memory, "_file_cache", lambda path: GIB)  # is given back on demand
     assert _memory._container() == 2 * GIB
     numbers.clear()
     assert _memory._container() is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "group"),
+    [
+        ("0::/slurm/job_1/step_0\n", "/sys/fs/cgroup/slurm/job_1"),
+        ("5:cpu,memory:/slurm/job_1\n0::/\n", "/sys/fs/cgroup/memory/slurm/job_1"),
+        ("0::/../outside\n", "/sys/fs/cgroup"),
+    ],
+)
+def test_a_group_above_its_own_may_limit_a_process(monkeypatch, lines, group):
+    monkeypatch.setattr(Path, "read_text", lambda path: lines if str(path) == "/proc/self/cgroup" else missing(path))
+    monkeypatch.setattr(_memory, "_file_cache", lambda path: 0)
+    version = (
+        ["memory.limit_in_bytes", "memory.usage_in_bytes"] if "/memory/" in group else ["memory.max", "memory.current"]
+    )
+    numbers = dict(zip([Path(group, name) for name in version], [3 * GIB, GIB], strict=True))
+    monkeypatch.setattr(_memory, "_number", numbers.get)
+    assert _memory._container() == 2 * GIB
+
+
+def missing(path):
+    raise FileNotFoundError(path)
