@@ -180,7 +180,8 @@ def _overview_parts(rows: Sequence[RowCells]) -> list[str]:
     parts = [markdown(header, lines, left=2)]
     if any(row.chosen(summary) for row in rows for summary in row.summaries):
         parts.append(
-            "**Bold**: the best of its optimizer on the validation items, in the epochs that all of them have."
+            "**Bold**: the best of its optimizer on the validation items, in the epochs that all of them have; without "
+            "those that lack epochs, unless all do."
         )
     outdated = _distinct(
         [f"{x.group.arm} {x.outdated}" for row in rows for x in row.summaries if x.outdated is not None]

@@ -282,13 +282,15 @@ class RowCells:
     def chosen(self, summary: Summary) -> bool:
         """Whether a group is the best of several of its arm, on the validation items, in what all have in common.
 
-        That is their epochs, and their seeds if there is one that all have.
+        That is their epochs, and their seeds if there is one that all have. Those that lack epochs count only where all
+        do.
         """
         same = [x for x in self.summaries if x.group.arm == summary.group.arm]
-        epochs = min(x.epochs for x in same)
-        compared = with_common_seeds(dict(enumerate(same))) or dict(enumerate(same))
+        whole = [x for x in same if not x.short] or same
+        epochs = min(x.epochs for x in whole)
+        compared = with_common_seeds(dict(enumerate(whole))) or dict(enumerate(whole))
         best = max(compared, key=lambda i: compared[i].best_within(epochs))
-        return len(same) > 1 and same[best] is summary
+        return len(same) > 1 and whole[best] is summary
 
     def published(self, summary: Summary) -> Published | None:
         """The published figures of a group. Of several that the same figures are for, the chosen one has them."""

@@ -678,6 +678,21 @@ class TestReport:
             "| sevo-adamw (beta 0.9) | 0.2000 | 0.3000 | 0.6000 |",
         ]
 
+    def test_what_lacks_epochs_is_not_chosen(self, folder, trained):
+        groups = load_table("tiny.yaml").rows[1].groups[1:]
+        reproduce(seeds=1)
+        for group, score in zip(groups, (0.9, 0.1), strict=True):
+            cell = complete_cell("tiny", group, 0)
+            history = [{"epoch": 1, "loss": 1.0, "validation": {"NDCG@10": score}}]
+            config = cell.config | ({"epochs": 1} if score == 0.9 else {})
+            dataclasses.replace(cell, history=history, config=config).write(
+                cell_path(Path("results"), "tiny", group, 0)
+            )
+        reproduce(report=True)
+        text = self.text(Path("results"))
+        assert f"**sevo-adamw (beta {groups[1].settings['beta']})**" in text
+        assert f"| sevo-adamw (beta {groups[0].settings['beta']}) †" in text
+
     def test_time_to_quality(self, folder, trained, monkeypatch):
         reproduce(seeds=2)
         curves = {
