@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_taken(prepared, finis
         Checkpoints(tmp_path).load(6)
     loaded = load_run(tmp_path, "last")
     assert loaded.epoch == 4
-    assert "checkpoints/6" in capsys.readouterr().out
+    assert "checkpoints/6" in capsys.readouterr().err
     for name, array in flatten(nnx.state(loaded.model, nnx.Param), "last").items():
         np.testing.assert_array_equal(array, older[name], err_msg=name)
     if how == "flipped":
