@@ -103,6 +103,7 @@ class Recommend:
         from models.serving.trained import TrainedModel
 
         recommender = TrainedModel.load(self.checkpoint, self.which)
+        _refuse_sources("output", self.output, recommender.config)
         for name in ("only_items", "exclude_items"):
             if unknown := recommender.unknown(options.get(name, ())):
                 print(f"warning: {name}: unknown to the model and passed over: {_some(unknown)}", file=sys.stderr)
@@ -207,6 +208,7 @@ class Evaluate:
         config = self._config(run.info.config)
         for name in ("per_user", "output"):
             refuse_same(name, getattr(self, name), {"data": config.data})  # which may be the run's
+            _refuse_sources(name, getattr(self, name), run.info.config)
         interactions = load_and_describe(config)
         same_data = run.info.trained_on(interactions)
         if not same_data:
@@ -299,6 +301,9 @@ class Export:
         from models.training.checkpoints import load_run
 
         run = load_run(self.checkpoint, self.which)
+        _refuse_sources("embeddings", self.embeddings, run.info.config)
+        for path in (output, export.items_path(output)):
+            _refuse_sources("output", path, run.info.config)
         if self.embeddings is not None:
             vectors = export.write_embeddings(run, self.embeddings)
             print(
@@ -453,6 +458,15 @@ def _groups_table(grouping: Grouping, groups: Mapping[str, Mapping[str, Any]], t
     if grouping == "popularity" and not trained_on:
         counted += ", counted in the training part of these data, which the run was not trained on"
     return f"by {grouping}: {counted}\n" + tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=sides)
+
+
+def _refuse_sources(option: str, path: Path | None, config: TrainConfig) -> None:
+    """Refuses an output that would replace a file which a run was made of."""
+    from models.graphs import graph_files
+
+    sources = {"the run's data": config.data}
+    sources |= {f"the run's graph or similarities, {file.name}": file for file in graph_files(config)}
+    refuse_same(option, path, sources)
 
 
 def _make_parent(option: str, path: Path | None) -> None:

@@ -435,6 +435,21 @@ def test_evaluate_replaces_no_data(trained, capsys):
     assert data.read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["recommend", "export"])
+def test_what_a_run_was_made_of_is_not_replaced(tmp_path, capsys, command):
+    data, items = tmp_path / "data.csv", tmp_path / "items.csv"
+    data.write_text("user,item\n")
+    items.write_text("item,genre\n" + "".join(f"item {i},{i % 3}\n" for i in range(1, 41)))
+    options = {"data": data, "graph": ("attributes",), "attributes": items}
+    run = save_run(tmp_path / "run", small_data(IDS), **options)
+    more = ["--history", "item 3"] if command == "recommend" else []
+    for path, what in ((data, "data"), (items, "graph or similarities, items.csv")):
+        before = path.read_bytes()
+        error = error_of(capsys, command, "--checkpoint", run, *more, "--output", path)
+        assert f"output: {path} is the file of the run's {what} as well; give another file" in error
+        assert path.read_bytes() == before
+
+
 def test_evaluate_otherwise(trained, capsys):
     run, result = trained
     expected = evaluate(
