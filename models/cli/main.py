@@ -420,6 +420,8 @@ def _prepare(config: TrainConfig, output_dir: Path, num_devices: int = 1) -> "Tr
     if prepared.nodes is not None:
         adjacency = prepared.nodes.adjacency
         print(f"graph: {adjacency.nse:,} entries between {adjacency.shape[0]:,} nodes", flush=True)
+        if not adjacency.nse:
+            print("warning: the graph has no entries: nothing is smoothed, only made smaller", file=sys.stderr)
         for note in graph_notes(config, prepared.interactions.item_ids):
             print(f"  {note}", flush=True)
     return prepared

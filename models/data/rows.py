@@ -36,6 +36,8 @@ USUAL_NAMES: dict[Role, tuple[str, ...]] = {
 # order, as Amazon did until 2014; from 2018 on its item comes first.
 USUAL_PLACES: dict[Role, tuple[str, ...]] = {"user": ("1",), "item": ("2",), "time": ("4",), "rating": ("3",)}
 NO_TIMES = "none"
+# What databases and pandas write for a missing value. ("NA" is Namibia, too.)
+SAID_MISSING = ("NULL", "null", "NaN", "nan", "None", "\\N", "<NA>", "N/A")
 
 # Numbers with such names are no times, unless they look like seconds since 1970.
 NO_TIME_NAMES = re.compile(
@@ -143,7 +145,7 @@ def interactions_of(
     order = f"in order of {chosen['time']!r}, ties as in the file" if "time" in chosen else "in the order of the file"
     note = f"users from {chosen['user']!r}, items from {chosen['item']!r}, {order}"
     users, items = (series.rank("dense").to_numpy() for series in (user, item))
-    warnings = [_spaced(user, "user"), _spaced(item, "item")]
+    warnings = [told(ids, what) for told in (_spaced, _said_missing) for ids, what in ((user, "user"), (item, "item"))]
     if times is not None:
         warnings.append(_mixed_units(chosen["time"], times))
     elif time_column is None:
@@ -344,6 +346,21 @@ def _spaced(ids: "polars.Series", what: str) -> str | None:
     return (
         f"{len(alike):,} {what} ids of {ids.name!r} differ from another only by spaces at their ends, such as "
         f"{' and '.join(shown)}; they are kept apart"
+    )
+
+
+def _said_missing(ids: "polars.Series", what: str) -> str | None:
+    """Warns of ids that are what databases and pandas write where there is none."""
+    import polars
+
+    if ids.dtype != polars.String:
+        return None
+    found = ids.filter(ids.str.strip_chars().is_in(SAID_MISSING))
+    if found.is_empty():
+        return None
+    return (
+        f"{len(found):,} rows have the {what} id {shortened(found[0])} in {ids.name!r}, and count as one {what}; if it "
+        "says that there is none, remove these rows"
     )
 
 

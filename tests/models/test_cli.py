@@ -13,7 +13,7 @@ import pytest
 
 import sevo_optax
 from models.__main__ import main
-from models.architectures.registry import DEFAULT, MODELS, model_class
+from models.architectures.registry import DEFAULT, MODELS, make_config, model_class
 from models.checks import unheeded
 from models.cli import main as commands
 from models.training import loop
@@ -652,3 +652,9 @@ def test_bad_attributes(data, tmp_path, capsys, text, options, message):
     assert status == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_graph_without_entries_is_told(tmp_path, capsys):
+    config = make_config(optimizer="sevo-adamw", graph_max_length=1)
+    commands._prepare(config, tmp_path / "run")
+    assert "warning: the graph has no entries: nothing is smoothed, only made smaller\n" in capsys.readouterr().err

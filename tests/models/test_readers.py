@@ -393,6 +393,15 @@ class TestIds:
             "warning: 2 of 2 item ids of 'item' begin or end with a space, such as ' x'; it is a part of the id",
         )
 
+    def test_ids_that_say_there_is_none_are_told(self, tmp_path):
+        data = load(write(tmp_path / "a.csv", "user,item,time\nNULL,x,1\na,y,2\nNULL,\\N,3\n"))
+        assert data.notes[1:] == (
+            "warning: 2 rows have the user id 'NULL' in 'user', and count as one user; if it says that there is none, "
+            "remove these rows",
+            "warning: 1 rows have the item id '\\\\N' in 'item', and count as one item; if it says that there is none, "
+            "remove these rows",
+        )
+
     @pytest.mark.parametrize("place", ["x\0,1", "1,x\0", "1,\0x"])
     def test_nul_is_refused(self, tmp_path, place):
         path = write(tmp_path / "a.csv", f"user,item\n1,x\n{place}\n")
