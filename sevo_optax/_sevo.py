@@ -330,7 +330,7 @@ def state_axes(state: optax.OptState, axis: int = 0) -> Any:
         graph = None if leaf.graph is None else type(leaf.graph)(*[whole] * len(leaf.graph))
         return SEvoState(own, graph, whole if leaf.residual is None else own)
 
-    return jax.tree.map(axes, state, is_leaf=lambda leaf: isinstance(leaf, SEvoState))
+    return jax.tree.map(axes, state, is_leaf=_is_state)
 
 
 def without_graphs(state: optax.OptState) -> Any:

@@ -169,8 +169,11 @@ def _correction(found: Found) -> Verdict:
     return Verdict(holds, evidence)
 
 
-def _variants(found: Found, over: str, choice: str) -> list[tuple[RowCells, dict[Any, dict[Any, float]]]]:
-    """Of the rows of Figure 7 that vary ``over``: by ``choice``, the test NDCG@10 by ``over``, where all are there."""
+def _variants(found: Found, over: str, choice: str) -> list[tuple[RowCells, dict[Any, dict[Any, float]], int]]:
+    """Of the rows of Figure 7 that vary ``over``: by ``choice``, the test NDCG@10 by ``over``, where all are there.
+
+    Behind it the number of seeds, those that all have.
+    """
     complete = []
     for row in found["figure-7"].rows:
         if over not in row.row.vary:
@@ -186,15 +189,15 @@ def _variants(found: Found, over: str, choice: str) -> list[tuple[RowCells, dict
         for (picked, value), summary in compared.items():
             values.setdefault(picked, {})[value] = summary.mean()
         if values:
-            complete.append((row, values))
+            complete.append((row, values, len(summary.cells)))
     return complete
 
 
 def _last(found: Found) -> Verdict:
     holds, evidence = [], []
-    for row, values in _variants(found, "graph_max_length", "graph_keep"):
+    for row, values, num_seeds in _variants(found, "graph_max_length", "graph_keep"):
         ahead = {k: values["last"][k] - values["first"][k] for k in values["last"]}
-        decided = {k: x for k, x in ahead.items() if _told_apart(abs(x), "", _deviation(row), 1)[0]}
+        decided = {k: x for k, x in ahead.items() if _told_apart(abs(x), "", _deviation(row), num_seeds)[0]}
         holds += [x > 0 for x in decided.values()]
         each = ", ".join(f"{x:+.4f} (K = {k})" for k, x in ahead.items())
         some = f" at K = {', '.join(map(str, decided))}" if decided else " nowhere"
@@ -204,12 +207,12 @@ def _last(found: Found) -> Verdict:
 
 def _longer(found: Found) -> Verdict:
     holds, evidence = [], []
-    for row, values in _variants(found, "graph_max_length", "graph_keep"):
+    for row, values, num_seeds in _variants(found, "graph_max_length", "graph_keep"):
         if row.row.dataset != "beauty":
             continue
         least, most = min(values["last"]), max(values["last"])
         rise = values["last"][most] - values["last"][least]
-        decided, why = _told_apart(abs(rise), f"a difference of {rise:+.4f} that", _deviation(row), 1)
+        decided, why = _told_apart(abs(rise), f"a difference of {rise:+.4f} that", _deviation(row), num_seeds)
         if decided:
             holds.append(rise > 0)
         each = ", ".join(f"{x:.4f}" for x in values["last"].values())
@@ -219,7 +222,7 @@ def _longer(found: Found) -> Verdict:
 
 def _distance(found: Found) -> Verdict:
     holds, evidence = [], []
-    for row, values in _variants(found, "max_hops", "graph_weighting"):
+    for row, values, _ in _variants(found, "max_hops", "graph_weighting"):
         spread = {name: max(x.values()) - min(x.values()) for name, x in values.items()}
         holds.append(spread["distance"] < spread["frequency"])
         evidence.append(

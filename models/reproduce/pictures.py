@@ -163,10 +163,7 @@ def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Pa
         means = [math.nan if summary is None else summary.mean() for _, summary in points]
         lines.append(plots.Line(label, None, [x for x, _ in points], means, spread))
     published = [plots.Line(label, None, *zip(*points, strict=True)) for label, points in theirs.items()]
-    subjects = {row.row.subject for row in rows}
-    title = (
-        rows[0].row.title if len(rows) == 1 else ", ".join([*subjects, dataset] if len(subjects) == 1 else [dataset])
-    )
+    title = rows[0].row.title if len(rows) == 1 else dataset
     ylabel = TEST if len(seeds) != 1 else f"{TEST}, seed {next(iter(seeds))}"
     return plots.Panel(title, AXES.get(over, over), ylabel, lines, published, list(levels.items()), categories=True)
 
