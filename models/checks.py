@@ -1,6 +1,7 @@
 """Checks that need no data: of options, before anything is read, and how errors show values."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -237,6 +238,16 @@ def check_text(arguments: Sequence[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{where} must be text in UTF-8, got {shortened(argument)}") from None
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """A question whether a known name was meant; empty if none is like it.
+
+    >>> near("epoch", ["seed", "epochs"])
+    '; did you mean epochs?'
+    """
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def shortened(value: Any) -> str:

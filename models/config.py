@@ -271,7 +271,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
     """What options need in order to make a difference."""
 
     model: str = ""
-    """Architecture."""
+    """Architecture: sasrec, bert4rec, gru4rec, stosa, mf-bpr, lightgcn, sr-gnn, lessr, maerec, item-knn or popularity.
+    Each has options of its own, which its name before --help shows."""
     embedding_dim: int = 64
     """Width of the embeddings."""
     epochs: int = 200

@@ -196,7 +196,6 @@ class Evaluate:
         for name in ("per_user", "output"):
             _make_parent(name, getattr(self, name))
             refuse_run_file(name, getattr(self, name), self.checkpoint)
-            refuse_same(name, getattr(self, name), {"data": self.data})
         refuse_same("output", self.output, {"per_user": self.per_user})
 
         from models.data import of_known_users, split_interactions
@@ -399,7 +398,7 @@ def _lines(found: Iterable[Found], titles: Mapping[str, str] | None) -> Iterator
     for user, recommendation in found:
         for rank, (item, score) in enumerate(zip(recommendation.items, recommendation.scores, strict=True), start=1):
             line = {} if user is None else {"user": user}
-            line |= zip(ITEM_COLUMNS, (rank, item, round(score, 6)), strict=True)
+            line |= zip(ITEM_COLUMNS, (rank, item, float(f"{score:.6g}")), strict=True)
             yield line if titles is None else line | {"title": titles.get(str(item), "")}
 
 
@@ -430,10 +429,10 @@ def _csv(rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
-    """Lines under their names; numbers to the right, scores with four digits."""
+    """Lines under their names; numbers to the right, scores with four digits that count."""
     if not lines:
         return ""
-    cells = [[f"{value:.4f}" if name == "score" else str(value) for name, value in line.items()] for line in lines]
+    cells = [[f"{value:#.4g}" if name == "score" else str(value) for name, value in line.items()] for line in lines]
     sides = ["left" if isinstance(value, str) else "right" for value in lines[0].values()]
     return tabulate([list(lines[0]), *cells], tablefmt="plain", disable_numparse=True, colalign=sides)
 

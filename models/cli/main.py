@@ -69,7 +69,8 @@ class RunOptions:
     """What an output folder holds that there is something to go on with in, as a pattern."""
 
     preset: str | None = None
-    """Settings to start from, which other options override: a name such as sasrec-beauty, or a YAML file."""
+    """Settings to start from, which other options override: MODEL-DATASET, as in the paper, such as sasrec-beauty, with
+    beauty, toys, tools or ml-1m (an unknown name lists all), or a YAML file."""
     resume: bool = False
     """Go on from the newest checkpoint, if there is one; a finished run is kept as it is."""
     overwrite: bool = False
@@ -178,6 +179,7 @@ class Compare(RunOptions):
                 raise ValueError(f"arms is not heeded by model {config.model}, got {' '.join(self.arms)}; leave it out")
             check_heeded(each, _given(self), called={"optimizer": "arms "})
         prepared = _prepare(config, self.output_dir)
+        names = [f"{arm}-{config.seed + i}" for arm in arms for i in range(self.seeds)]
         diverged = None
         try:
             results = compare.compare(
@@ -200,15 +202,17 @@ class Compare(RunOptions):
                 print(f"\ntrained until the best validation {SELECTION} of {arms[0]} with the same seed is reached:\n")
                 print(compare.time_table(reached))
             print(f"\ncurves: {self.output_dir / 'compare.png'}, numbers: {self.output_dir / 'compare.json'}")
-            self._report(arms, config.seed, prepared)
+            self._report(names, prepared)
+        others = {path.parent.name for path in self.output_dir.glob("*-*/run.json")} - {*names}
+        if self.overwrite and others:
+            print(f"note: {self.output_dir} has runs of an earlier comparison besides, {', '.join(sorted(others))}")
         if diverged is not None:
             raise diverged
 
-    def _report(self, arms: Sequence[Optimizer], seed: int, prepared: "TrainingData") -> None:
+    def _report(self, names: Sequence[str], prepared: "TrainingData") -> None:
         """Writes the page about the comparison. What was trained is worth more than a page that cannot be made."""
         from models.report.page import write_comparison
 
-        names = [f"{arm}-{seed + i}" for arm in arms for i in range(self.seeds)]
         folders = [self.output_dir / name for name in names if (self.output_dir / name / "run.json").exists()]
         try:
             write_comparison(folders, prepared, self.output_dir / "report.html")
@@ -424,6 +428,13 @@ def _prepare(config: TrainConfig, output_dir: Path, num_devices: int = 1) -> "Tr
             print("warning: the graph has no entries: nothing is smoothed, only made smaller", file=sys.stderr)
         for note in graph_notes(config, prepared.interactions.item_ids):
             print(f"  {note}", flush=True)
+    if prepared.test.num_repeated:
+        print(
+            f"warning: {prepared.test.num_repeated:,} of {prepared.test.num_users:,} test users had the item to find "
+            "before; it is ranked while the rest of their history is not, and so easy to find: --duplicates first "
+            "keeps new items alone, --no-exclude-seen ranks all items",
+            file=sys.stderr,
+        )
     return prepared
 
 
@@ -535,8 +546,12 @@ def _run(arguments: Sequence[str]) -> None:
     command = parse(_parser(commands), arguments, commands=known, prog=PROGRAM, description=DESCRIPTION)
     if hasattr(command, "given"):
         command = dataclasses.replace(command, given=given(arguments, type(command)))
-    if isinstance(command, Compare) and "optimizer" in preset:
-        print(f"note: compare trains every optimizer, not only the preset's {preset['optimizer']}", file=sys.stderr)
+    if isinstance(command, Compare) and preset.get("optimizer", command.arms[0]) not in command.arms:
+        print(
+            f"note: the preset's settings are those of {preset['optimizer']}, which is not among the arms; "
+            f"{', '.join(command.arms)} have its learning rate and weight decay",
+            file=sys.stderr,
+        )
     with progress.silent(getattr(command, "quiet", False)), out_of_memory_told():
         command.run()
     sys.stdout.flush()  # here, where a full disk can still be reported

@@ -1,7 +1,6 @@
 """Parsing the command line: whatever is refused is refused in one line."""
 
 import dataclasses
-import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import tyro
 from tyro import _errors  # private, but the only way to a refusal before it is drawn; pyproject.toml pins tyro for it
 
-from models.checks import check_text, shortened
+from models.checks import check_text, near, shortened
 
 NAMES = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), Path: ("a path", "paths")}
 TEXT = ("text", "texts")
@@ -80,16 +79,6 @@ def wanted(kind: Any) -> str:
         many = NAMES.get(arguments[0], TEXT)[1]
         return many if arguments[-1] is ... else f"{len(arguments)} {many}"
     return NAMES.get(kind, TEXT)[0]
-
-
-def near(name: str, known: Sequence[str]) -> str:
-    """A question whether a known name was meant; empty if none is like it.
-
-    >>> near("epoch", ["seed", "epochs"])
-    '; did you mean epochs?'
-    """
-    found = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _reason(

@@ -36,6 +36,8 @@ USUAL_NAMES: dict[Role, tuple[str, ...]] = {
 # order, as Amazon did until 2014; from 2018 on its item comes first.
 USUAL_PLACES: dict[Role, tuple[str, ...]] = {"user": ("1",), "item": ("2",), "time": ("4",), "rating": ("3",)}
 NO_TIMES = "none"
+# An integer, or as pandas writes one that has stood in a column with a gap.
+WHOLE = r"^-?(0|[1-9][0-9]*)(\.0)?$"
 # What databases and pandas write for a missing value. ("NA" is Namibia, too.)
 SAID_MISSING = ("NULL", "null", "NaN", "nan", "None", "\\N", "<NA>", "N/A")
 
@@ -94,7 +96,8 @@ def interactions_of(
 
     Each user's interactions are put in order of time; those of the same time stay in the order of the file, and so does
     everything if there are no times. Users and items are numbered in ascending order of their ids. Ids that are
-    integers, each written in the one usual way, become integers; any other id stays text (``007`` is not ``7``).
+    integers, each written in the one usual way or like ``6.0``, become integers; any other id stays text (``007`` is
+    not ``7``).
 
     Args:
       table: the open file.
@@ -306,16 +309,25 @@ def checked_ids(rows: Rows, ids: "polars.Series", what: str) -> "polars.Series":
     missing = f"the {what} is missing; give the row one or remove it"
     if ids.dtype in (polars.Categorical, polars.Enum):
         ids = ids.cast(polars.String)
+    fraction = f"the {what} must be an integer or text, not a fraction"
+    if ids.dtype.is_decimal():  # as databases keep long integers
+        rows.refuse(ids, ids.is_null(), missing)
+        ids = ids.cast(polars.String).str.replace(r"\.0+$", "")
+        rows.refuse(ids, ids.str.contains(".", literal=True), fraction)
+        numbers = ids.cast(polars.Int64, strict=False)
+        return ids if numbers.null_count() else numbers
     if ids.dtype.is_float():
         ids = ids.fill_nan(None)
         rows.refuse(ids, ids.is_null(), missing)
         fractions = (ids != ids.floor()) | ids.is_infinite()
-        rows.refuse(ids, fractions, f"the {what} must be an integer or text, not a fraction")
+        rows.refuse(ids, fractions, fraction)
     elif ids.dtype == polars.String:
         rows.refuse(ids, ids.is_null() | (ids.str.strip_chars() == ""), missing)
         nul = ids.str.contains("\0", literal=True)
         rows.refuse(ids, nul, f"the {what} holds a NUL character; remove it, for example with tr -d '\\000'")
-        return ids
+        if not (ids.str.ends_with(".0").any() and ids.str.contains(WHOLE).all()):
+            return ids
+        ids = ids.str.strip_suffix(".0")
     elif ids.dtype.is_integer():
         rows.refuse(ids, ids.is_null(), missing)
     else:

@@ -75,6 +75,8 @@ def read_item_vectors(path: Path, item_ids: np.ndarray) -> tuple[np.ndarray, np.
         raise ValueError(f"vectors: {path} lacks an array ({str(error).strip(chr(34))}); {WANTED}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "pickle" in reason:
+            reason = "an array of Python objects, or no file of NumPy's; write text ids with dtype str"
         raise ValueError(f"vectors: {path} cannot be read ({reason}); {WANTED}") from None
     if vectors.ndim != 2 or not vectors.shape[1] or vectors.dtype.kind not in "fiu":
         raise ValueError(f"vectors: {path} holds {vectors.dtype}{list(vectors.shape)}; {WANTED}")

@@ -23,7 +23,7 @@ from models.mesh import DATA, constrain, current_mesh, fill_up, split_catalogue,
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["queries", "targets", "seen_users", "seen_items", "chunk_starts"],
-    meta_fields=["num_users", "num_items", "chunk_size", "pairs_per_chunk", "exclude_seen"],
+    meta_fields=["num_users", "num_items", "chunk_size", "pairs_per_chunk", "exclude_seen", "num_repeated"],
 )
 @dataclasses.dataclass(frozen=True)
 class FullRanking:
@@ -40,6 +40,7 @@ class FullRanking:
       chunk_size: users scored at once.
       pairs_per_chunk: the largest number of pairs of one chunk.
       exclude_seen: whether items of the history are left out of the ranking; if not, there are no pairs.
+      num_repeated: how many users' items to find are in their history, and ranked though ``exclude_seen`` holds.
     """
 
     queries: Histories | UserQueries
@@ -52,11 +53,14 @@ class FullRanking:
     chunk_size: int
     pairs_per_chunk: int
     exclude_seen: bool
+    num_repeated: int
 
     @property
     def protocol(self) -> str:
         """How targets are ranked, in words."""
         seen = "history not ranked" if self.exclude_seen else "history ranked too"
+        if self.num_repeated:
+            seen += f" but for the item to find, which {self.num_repeated:,} of {self.num_users:,} users had before"
         return f"full ranking over the catalogue, {seen}, ties counted against the target"
 
     @classmethod
@@ -87,6 +91,7 @@ class FullRanking:
         """
         queries = make_queries(history, model=model, config=config, user_ids=user_ids)
         users, items = history.distinct_pairs() if exclude_seen else (np.zeros(0, int), np.zeros(0, int))
+        repeated = np.unique(users[items == targets[users]])
         chunks = -(-history.num_users // chunk_size)
         starts = np.searchsorted(users, np.arange(chunks + 1) * chunk_size)
         pairs_per_chunk = int(np.diff(starts).max())
@@ -108,6 +113,7 @@ class FullRanking:
             chunk_size=chunk_size,
             pairs_per_chunk=pairs_per_chunk,
             exclude_seen=exclude_seen,
+            num_repeated=len(repeated),
         )
 
     def ranks(self, model: Recommender, context: Mapping[str, Any]) -> jax.Array:

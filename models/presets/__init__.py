@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_origin, get_type_hints
 
 from models.architectures.registry import DEFAULT, model_class
+from models.checks import near
 from models.config import TrainConfig
 from models.validation import check, partial, read_yaml
 
@@ -40,14 +41,15 @@ def find(name_or_path: str | PathLike[str], folder: Path, *, kind: str) -> Path:
     """The file that is meant by a name in ``folder``, or by a path with a suffix of YAML.
 
     Raises:
-      ValueError: if there is none; it lists the names.
+      ValueError: if there is none; it says which name is alike, or lists all.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = folder / f"{name_or_path}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise ValueError(f"{kind}: {str(name_or_path)!r} does not exist; give one of {known}, or a .yaml file")
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        advice = near(str(name_or_path), known) or f"; give one of {', '.join(known)}, or a .yaml file"
+        raise ValueError(f"{kind}: {str(name_or_path)!r} does not exist{advice}")
     return path
 
 

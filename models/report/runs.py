@@ -271,7 +271,9 @@ def _is_cell(path: Path) -> bool:
     try:
         return {"experiment", "arm", "history"} <= read_json(path).keys()
     except ValueError as error:
-        raise ValueError(f"runs: {path} cannot be read ({error}); delete it, or move it away") from None
+        raise ValueError(
+            f"runs: {path} cannot be read ({error}); move it out of that folder, or name the folders of the runs"
+        ) from None
 
 
 def _group(runs: Sequence[ReportedRun]) -> Group:

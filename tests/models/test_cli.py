@@ -523,6 +523,26 @@ def test_progress_and_quiet(data, tmp_path, capsys):
     assert "test: HR@1" in printed
 
 
+def test_items_to_find_that_were_seen_before_are_told(data, tmp_path, capsys):
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([f"{lines[0]} {lines[0].split()[1]}", *lines[1:]]))
+    arguments = ["train", "--model", "popularity", "--data", data, "--output-dir", tmp_path / "out", "--quiet"]
+    status, printed, err = run(capsys, *arguments)
+    assert (status, err.count("\n")) == (0, 1)
+    assert err.startswith("warning: 1 of 20 test users had the item to find before; it is ranked while the rest")
+    assert "history not ranked but for the item to find, which 1 of 20 users had before, ties" in printed
+    for option in (["--duplicates", "first"], ["--no-exclude-seen"]):
+        assert run(capsys, *arguments, *option, "--overwrite")[2] == ""
+
+
+def test_a_comparison_tells_which_runs_of_an_earlier_one_stay(data, tmp_path, capsys):
+    arguments = ["compare", "--data", data, "--output-dir", tmp_path / "out", *SMALL, "--overwrite", "--arms"]
+    assert "of an earlier comparison" not in run(capsys, *arguments, "adamw", "sgd")[1]
+    status, printed, _ = run(capsys, *arguments, "adamw")
+    assert status == 0
+    assert printed.splitlines()[-1].endswith("out has runs of an earlier comparison besides, sgd-0")
+
+
 def test_no_traceback_from_the_real_program(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "models", "train", "--data", str(tmp_path / "none")], capture_output=True, text=True
@@ -538,6 +558,7 @@ def test_help_explains_every_field(capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "Decoupled weight decay" in printed
+    assert all(name in printed for name in MODELS)
     kind = model_class(DEFAULT).config_class
     sources = "".join(inspect.getsource(inspect.getmodule(base)) for base in kind.__mro__[:-1])
     for field in dataclasses.fields(kind):

@@ -83,6 +83,18 @@ def test_the_target_is_ranked_even_if_seen_before():
     assert ranks([0, 1, 9, 3, 4, 5, 6], [2, 6]) == [0, 1]
 
 
+def test_the_protocol_tells_how_many_targets_were_seen_before():
+    history = Interactions.from_sequences([[1, 2, 2], [1, 3], [4, 5]], num_items=6)
+    options = {"model": SASRec, "config": make_config("sasrec", max_length=8)}
+    protocols = [
+        FullRanking.prepare(history, np.array(targets), exclude_seen=exclude_seen, **options).protocol
+        for targets, exclude_seen in (([2, 3, 6], True), ([6, 6, 6], True), ([2, 3, 6], False))
+    ]
+    assert "history not ranked but for the item to find, which 2 of 3 users had before," in protocols[0]
+    assert "history not ranked," in protocols[1]
+    assert "history ranked too," in protocols[2]
+
+
 def test_nan_finds_nothing():
     got = ranks([np.nan] * 7, [3, 3])
     assert min(got) >= 3

@@ -137,9 +137,21 @@ def test_an_optimizer_may_stand_in_a_preset(tmp_path, monkeypatch, capsys):
             main(["train", "--preset", str(path), "--output-dir", str(tmp_path / "out"), *given])
     assert trained == ["sevo-gradient", "adamw"]
     monkeypatch.setattr(compare, "compare", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        main(["compare", "--preset", str(path), "--output-dir", str(tmp_path / "out")])
-    assert "note: compare trains every optimizer, not only the preset's sevo-gradient" in capsys.readouterr().err
+    capsys.readouterr()
+    for arms, told in (([], False), (["--arms", "adamw", "sgd"], True)):
+        with pytest.raises(ZeroDivisionError):
+            main(["compare", "--preset", str(path), "--output-dir", str(tmp_path / "out"), *arms])
+        note = "note: the preset's settings are those of sevo-gradient, which is not among the arms; adamw, sgd have"
+        assert (note in capsys.readouterr().err) is told
+
+
+def test_a_preset_that_is_not_there_is_told_with_the_one_that_is_like_it():
+    with pytest.raises(ValueError, match=r"'sasrc-beauty' does not exist; did you mean sasrec-beauty\?$"):
+        presets.load_preset("sasrc-beauty")
+    with pytest.raises(
+        ValueError, match=r"'x' does not exist; give one of bert4rec-adam-beauty,.* stosa-toys, or a \.yaml"
+    ):
+        presets.load_preset("x")
 
 
 def test_bytes_are_no_yaml(tmp_path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from decimal import Decimal
 from pathlib import Path
 
 import hypothesis
@@ -821,6 +822,34 @@ class TestBadFiles:
     def test_missing_ids_of_parquet(self, tmp_path, ids, message):
         with pytest.raises(ValueError, match=message):
             load(write_parquet(tmp_path / "a.parquet", user=[1, 2], item=ids))
+
+    def test_decimal_ids_are_integers(self, tmp_path):
+        long = 10**25
+        ids = [Decimal("7.00"), Decimal(long), Decimal(12)]
+        for items, expected in ((ids[::2], [0, 7, 12]), (ids, ["", str(long), "12", "7"])):
+            data = load(write_parquet(tmp_path / "a.parquet", user=list(range(len(items))), item=items))
+            assert data.item_ids.tolist() == expected
+        for bad, message in (
+            (Decimal("7.5"), "'7.5': the item id must be an integer"),
+            (None, "the item id is missing"),
+        ):
+            with pytest.raises(ValueError, match=f"row 2 .*: {message}"):
+                load(write_parquet(tmp_path / "a.parquet", user=[1, 2], item=[Decimal("1.0"), bad]))
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (["6", "6.0", "7.0"], [0, 6, 7]),
+        (["6.0", "x"], ["", "6.0", "x"]),
+        (["6.0", "007"], ["", "007", "6.0"]),
+        (["6.0", "6.00"], ["", "6.0", "6.00"]),
+        (["6.0", "1" + "0" * 20], ["", "1" + "0" * 20, "6"]),
+    ],
+)
+def test_integers_that_are_written_as_fractions_are_integers(tmp_path, ids, expected):
+    (tmp_path / "a.csv").write_text("user,item\n" + "".join(f"u,{raw}\n" for raw in ids))
+    assert load(tmp_path / "a.csv").item_ids.tolist() == expected
 
 
 class TestChoosingRows:

@@ -63,7 +63,7 @@ def test_rows_of_a_table(tmp_path):
         ({"item_ids": np.zeros(0, int), "vectors": np.ones((0, 2))}, "holds no item"),
         ({"item_ids": np.array([20, 20]), "vectors": np.eye(2)}, "several vectors of item 20"),
         ({"item_ids": np.array([10, 20]), "vectors": np.array([[0], [np.nan]])}, "infinity for item 20; repair"),
-        ({"item_ids": np.array([10, None]), "vectors": np.eye(2)}, "cannot be read .*pickle"),
+        ({"item_ids": np.array([10, None]), "vectors": np.eye(2)}, "Python objects, .* write text ids with dtype str"),
     ],
 )
 def test_bad_files(tmp_path, arrays, message):
