@@ -272,7 +272,7 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
 
     model: str = ""
     """Architecture: sasrec, bert4rec, gru4rec, stosa, mf-bpr, lightgcn, sr-gnn, lessr, maerec, item-knn or popularity.
-    Each has options of its own, which its name before --help shows."""
+    Each has options of its own, see --model NAME --help."""
     embedding_dim: int = 64
     """Width of the embeddings."""
     epochs: int = 200

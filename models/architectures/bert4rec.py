@@ -37,7 +37,6 @@ class BERT4RecConfig(TransformerConfig):
     }
 
     model: str = "bert4rec"
-    """Architecture."""
     num_heads: int = 4
     """Attention heads a block; divides embedding_dim."""
     dropout_rate: float = 0.2

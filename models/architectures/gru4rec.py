@@ -21,7 +21,6 @@ class GRU4RecConfig(PrefixConfig):
     """GRU4Rec's options, with the paper's settings for Amazon Beauty."""
 
     model: str = "gru4rec"
-    """Architecture."""
     hidden_dim: int = 64
     """Width of the recurrent state."""
     num_gru_layers: int = 1

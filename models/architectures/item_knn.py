@@ -31,7 +31,6 @@ class ItemKNNConfig(ClosedFormConfig):
     }
 
     model: str = "item-knn"
-    """Architecture."""
     num_neighbors: int = 100
     """Neighbours of an item in the history that get a score."""
     max_length: int = 50

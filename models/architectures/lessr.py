@@ -22,7 +22,6 @@ class LESSRConfig(PrefixConfig):
     """LESSR's options, with the settings for Amazon Beauty that stand beside SEvo's."""
 
     model: str = "lessr"
-    """Architecture."""
     loss: Loss = "bpr"
     """bce, bpr: against one random unseen item. ce: softmax over the catalogue, as in LESSR's own paper.
     sampled-softmax, gbce: against num_negatives items."""

@@ -21,7 +21,6 @@ class LightGCNConfig(MFBPRConfig):
     """LightGCN's options, with the settings for Amazon Beauty of the SEvo paper's comparison."""
 
     model: str = "lightgcn"
-    """Architecture."""
     propagation_layers: int = 3
     """Products with the graph of users and items; 0: plain matrix factorisation."""
     l2_weight: float = 5e-4

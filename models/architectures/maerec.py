@@ -45,7 +45,6 @@ class MAERecConfig(TransformerConfig):
     }
 
     model: str = "maerec"
-    """Architecture."""
     num_heads: int = 4
     """Attention heads a block; divides embedding_dim."""
     dropout_rate: float = 0.2

@@ -22,7 +22,6 @@ class MFBPRConfig(TrainConfig):
     """MF-BPR's options, with the paper's settings for Amazon Beauty and the item-item graph."""
 
     model: str = "mf-bpr"
-    """Architecture."""
     init_std: float = 1e-4
     """Standard deviation of the initial embeddings."""
     compute_dtype: ComputeDtype = "float32"

@@ -20,7 +20,6 @@ class PopularityConfig(ClosedFormConfig):
     """There is nothing to choose."""
 
     model: str = "popularity"
-    """Architecture."""
     max_length: ClassVar[int] = 1
     """Histories do not matter: the shortest are the cheapest."""
 

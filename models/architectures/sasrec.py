@@ -30,7 +30,6 @@ class SASRecConfig(TransformerConfig):
     }
 
     model: str = "sasrec"
-    """Architecture."""
     b2: float = 0.98
     """Decay rate of the second moment."""
     attend_padding: bool = True

@@ -24,7 +24,6 @@ class SRGNNConfig(PrefixConfig):
     """SR-GNN's options, with the settings for Amazon Beauty that stand beside SEvo's."""
 
     model: str = "sr-gnn"
-    """Architecture."""
     loss: Loss = "bpr"
     """bce, bpr: against one random unseen item. ce: softmax over the catalogue, as in SR-GNN's own paper.
     sampled-softmax, gbce: against num_negatives items."""

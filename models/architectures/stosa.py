@@ -51,7 +51,6 @@ class STOSAConfig(TransformerConfig):
     }
 
     model: str = "stosa"
-    """Architecture."""
     max_length: int = 100
     """Longest history the model sees."""
     num_blocks: int = 1
