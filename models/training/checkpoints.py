@@ -46,6 +46,8 @@ KEPT = 2
 CHECKPOINT_FORMAT = 2
 # Of one whose arrays lay on several devices: its digest is made of sums that each device can take of its own part.
 SPLIT_FORMAT = 3
+# What may be over soon, and says nothing against the files.
+PASSING = tuple(map(os.strerror, (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)))
 # In a checkpoint's folder: what an evaluation has found since.
 LATE = "late.json"
 # What Orbax begins the names of unfinished checkpoints' folders with, behind the epoch: at the next start, they go.
@@ -63,6 +65,10 @@ MAY_DIFFER = ("data", "cache_dir", "epochs", "patience", "logger", "per_user")
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, written or used."""
+
+
+class UnreachableError(CheckpointError):
+    """A checkpoint may well be whole, but cannot be read now, or not by this version: nothing may take its place."""
 
 
 def fingerprint(interactions: Interactions, split: SplitMethod = "leave-one-out") -> str:
@@ -458,9 +464,11 @@ class Checkpoints:
         """Reads the checkpoint of an epoch.
 
         Raises:
+          UnreachableError: if the system does not let it be read, or a later version has written it.
           CheckpointError: if it is damaged.
         """
         path = self._folder(epoch)
+        later = ""
         try:
             missing = [name for name in PARTS if not (path / name).exists()]
             if missing:
@@ -468,6 +476,8 @@ class Checkpoints:
             with quiet_orbax(), _checkpointer() as checkpointer:
                 restore = partial(checkpointer.restore, path.absolute())
                 note = restore(args=ocp.args.Composite(note=ocp.args.JsonRestore())).note
+                if later := check_format(note, SPLIT_FORMAT):
+                    raise ValueError(later)
                 # Of how many devices a checkpoint comes must not matter: what is asked for are arrays on the host.
                 like = {name: _blank(*array) for name, array in note.get("arrays", {}).items()} or None
                 state = restore(args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
@@ -485,7 +495,13 @@ class Checkpoints:
                     last = [name for name in leaves if name.startswith("last.")]
                     leaves |= {"best" + name.removeprefix("last"): leaves[name] for name in last}
         except Exception as error:  # whatever is wrong with the files, there is nothing to read
-            raise CheckpointError(f"{path} cannot be read ({_system_reason(error)})") from error
+            if later:
+                raise UnreachableError(f"{path} {later}") from error
+            reason = _system_reason(error)
+            if reason in PASSING:
+                advice = "nothing was changed; try again, or remove that folder to go on without it"
+                raise UnreachableError(f"{path} cannot be read ({reason}); {advice}") from error
+            raise CheckpointError(f"{path} cannot be read ({reason})") from error
         if not intact:
             raise CheckpointError(f"{path} is damaged: its contents do not match its digest")
         return Checkpoint(epoch, leaves, progress)
@@ -494,6 +510,7 @@ class Checkpoints:
         """The checkpoints that can be read, the newest first; damaged ones are reported.
 
         Raises:
+          UnreachableError: if one may be whole, but cannot be read now, see :meth:`load`.
           CheckpointError: if there are checkpoints, but none can be read, or one belongs to another run.
         """
         found, failure = False, None
@@ -501,6 +518,8 @@ class Checkpoints:
         for epoch in reversed(listed):
             try:
                 checkpoint = self.load(epoch)
+            except UnreachableError:
+                raise
             except CheckpointError as error:
                 failure = error
                 if is_first() and self._folder(epoch).exists():
@@ -560,8 +579,8 @@ def _check_space(directory: Path, size: int) -> None:
 
 def _system_reason(error: Exception) -> str:
     """Why files cannot be read or written. TensorStore says it behind several lines of paths and options."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-    found = [os.strerror(code) for code in codes if os.strerror(code) in str(error)]
+    known = (*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)), *PASSING)
+    found = [reason for reason in known if reason in str(error)]
     if found:
         return found[0]
     return "files of it are missing" if str(error).startswith("NOT_FOUND") else _reason(error)

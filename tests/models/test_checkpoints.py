@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -182,6 +183,33 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_taken(prepared, finis
         (tmp_path / "checkpoints" / str(epoch) / "note" / "metadata").write_bytes(b"{")
     with pytest.raises(CheckpointError, match="there is no other; train again with --overwrite"):
         load_run(tmp_path)
+
+
+def test_a_checkpoint_of_a_later_version_is_kept(prepared, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "result.json").unlink()
+    note = tmp_path / "checkpoints" / "6" / "note" / "metadata"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"format": 99}))
+    with pytest.raises(CheckpointError, match=r"checkpoints/6 was written by a later version .* update it$"):
+        load_run(tmp_path)
+    with pytest.raises(CheckpointError, match="later version"):
+        loop.train(prepared, CONFIG, "sevo-adamw", tmp_path, resume=True)
+    assert Checkpoints(tmp_path).epochs() == [4, 6]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(prepared, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "result.json").unlink()
+
+    def fails():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "_checkpointer", fails)
+        with pytest.raises(CheckpointError, match=r"checkpoints/6 cannot be read .Input/output error.; nothing was"):
+            loop.train(prepared, CONFIG, "sevo-adamw", tmp_path, resume=True)
+    assert Checkpoints(tmp_path).epochs() == [4, 6]
+    assert loop.train(prepared, CONFIG, "sevo-adamw", tmp_path, resume=True).losses == finished[1].losses
 
 
 def test_what_is_no_run_is_refused(interactions, tmp_path):
