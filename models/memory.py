@@ -21,6 +21,8 @@ KEPT = 3
 WIDTHS_A_BLOCK = 12
 # Numbers a token in a recurrent layer, in multiples of the state's width: three gates, the state, and a product.
 STATES_A_TOKEN = 5
+# Bytes an interaction: packed for training, and in two evaluations as a history and as what is not ranked.
+INTERACTION = 56
 # Users scored at once in evaluations.
 USERS_AT_ONCE = 256
 NUMBER = 4  # bytes of a float32 or int32
@@ -93,6 +95,7 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
             _largest(**in_batch, num_blocks=blocks, num_heads=option("num_heads")),
         ),
         Need(f"the scores of {USERS_AT_ONCE} users for {items:,} items", NUMBER * KEPT * USERS_AT_ONCE * items, "data"),
+        Need(f"{len(interactions):,} interactions, packed and as histories", INTERACTION * len(interactions), "data"),
         Need(
             f"lists of up to {max(config.ks):,} items for {interactions.num_users:,} users",
             NUMBER * min(max(config.ks), items) * interactions.num_users,

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -215,7 +216,7 @@ class _Text(Table):
                 raise ValueError(f"{source}, line 1, has no '::'; the format is 'user::item::rating::time'")
             # polars separates at single bytes only.
             data, first_line = (text.replace(b"::", self._separator.encode()) for text in (data, first_line))
-        self._quote = '"' if table_format == "csv" else None
+        self._quote = '"' if table_format == "csv" or (header and _is_quoted(first_line)) else None
         self._data = data
         names = [name or "" for name in self._parse(first_line, header=False).row(0)]
         if not header:
@@ -278,6 +279,11 @@ class _Text(Table):
         return ValueError(
             f"{self.source} cannot be read as a table ({_reason(error)}); check its quotes and separators"
         )
+
+
+def _is_quoted(first_line: bytes) -> bool:
+    """Whether all names between tabs stand in quotes, as R writes them: so do the texts below."""
+    return all(re.fullmatch(rb'"[^"]+"', name) for name in first_line.split(b"\t"))
 
 
 def _csv_separator(source: Source, first_line: bytes, header: bool) -> str:

@@ -61,6 +61,8 @@ def test_pairs_take_one_place_each_and_users_a_table(model):
     config = make_config(model, batch_size=2000, embedding_dim=1024)
     needs = training_needs(config, longer)
     assert any(need.what.startswith("the layers of 2,000 tokens") for need in needs)
+    (stored,) = [need for need in needs if need.what.startswith("9,000 interactions")]
+    assert (stored.size, stored.option) == (56 * 9000, "data")
     (users,) = [need for need in needs if need.what.startswith("the embeddings of 3 users")]
     assert users.size == 4 * COPIES * 3 * 1024
     with pytest.raises(OutOfMemoryError, match=r"lower --(embedding-dim|batch-size)$"):

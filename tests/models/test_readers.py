@@ -837,6 +837,13 @@ class TestBadFiles:
                 load(write_parquet(tmp_path / "a.parquet", user=[1, 2], item=[Decimal("1.0"), bad]))
 
 
+def test_a_tsv_with_quoted_names_has_quoted_ids(tmp_path):
+    (tmp_path / "a.tsv").write_text('"user"\t"item"\n"u"\t"a ""b"""\n"u"\t"c"\n')
+    assert load(tmp_path / "a.tsv").item_ids.tolist() == ["", 'a "b"', "c"]
+    (tmp_path / "b.tsv").write_text('user\titem\nu\t"a"\nu\tb"\n')
+    assert load(tmp_path / "b.tsv").item_ids.tolist() == ["", '"a"', 'b"']
+
+
 @pytest.mark.parametrize(
     ("ids", "expected"),
     [
