@@ -15,11 +15,11 @@ from models.config import Optimizer, TrainConfig
 from models.files import check_format, read_json, write_json
 from models.reproduce.cells import identity_kept, identity_of, portable
 from models.reproduce.runner import (
-    PreparedData,
     check_source,
     device_name,
     graph_fields,
     package_versions,
+    read_and_describe,
     select_rows,
 )
 from models.reproduce.tables import Row, Table
@@ -185,8 +185,9 @@ def measure(configs: dict[Optimizer, TrainConfig]) -> dict[Optimizer, ArmCosts]:
       configs: the arms' configurations.
     """
     from models.training.program import Program
+    from models.training.training_data import NewestData
 
-    data = PreparedData()
+    data = NewestData(read_and_describe)
     programs = {arm: Program(data.prepared(config), config, arm, [0]) for arm, config in configs.items()}
     training: dict[Optimizer, list[float]] = {arm: [] for arm in configs}
     inference: dict[Optimizer, list[float]] = {arm: [] for arm in configs}

@@ -27,8 +27,9 @@ from models.training.files import read_history
 from models.training.progress import POSITION
 
 if TYPE_CHECKING:
+    from models.data import Interactions
     from models.training.run import Result
-    from models.training.training_data import TrainingData
+    from models.training.training_data import NewestData, TrainingData
 
 BYTES_A_WORKER = 2 * 2**30
 # Seconds between two looks at whether another process has trained a teacher.
@@ -228,6 +229,7 @@ def train(jobs: Sequence[Job]) -> None:
     """
     from models.training import loop
     from models.training.compare import seeds_at_once
+    from models.training.training_data import NewestData
 
     together = [[job] for job in jobs]
     if seeds_at_once(len(jobs)) > 1:
@@ -236,7 +238,7 @@ def train(jobs: Sequence[Job]) -> None:
             # Students of several teachers have several graphs, and no program in common.
             by_group.setdefault((job.group.name, getattr(job.config, "vectors", None)), []).append(job)
         together = list(by_group.values())
-    data = PreparedData()
+    data = NewestData(read_and_describe)
     failed = []
     for mine in together:
         with contextlib.ExitStack() as stack:
@@ -269,7 +271,7 @@ def train(jobs: Sequence[Job]) -> None:
         raise ValueError(f"{', '.join(failed)} failed, see above; the other cells are there")
 
 
-def _teach(job: Job, data: "PreparedData") -> None:
+def _teach(job: Job, data: "NewestData") -> None:
     """Has a job's teacher trained and its item vectors written, unless they are there.
 
     Where another process trains the teacher, this waits for it.
@@ -304,32 +306,13 @@ def _write_vectors(folder: Path, path: Path) -> None:
     write_embeddings(load_run(folder, "best"), path)
 
 
-class PreparedData:
-    """The data of the newest run, kept for the next one."""
+def read_and_describe(config: TrainConfig) -> "Interactions":
+    """Reads the data of a run, and says what it is."""
+    from models.data import load_interactions
 
-    def __init__(self) -> None:
-        self._key: TrainConfig | None = None
-        self._prepared: TrainingData | None = None
-
-    def prepared(self, config: TrainConfig) -> "TrainingData":
-        """What runs of a configuration are trained on."""
-        from models.data import load_interactions
-        from models.training.training_data import make_training_data
-
-        # Whatever else differs may make a difference.
-        key = config if config.optimizer == "closed-form" else _without_strengths(config)
-        if key != self._key:
-            self._key = self._prepared = None  # two data sets at once may be too many
-            interactions = load_interactions(config)
-            print(f"{config.data}: {interactions}", flush=True)
-            self._key, self._prepared = key, make_training_data(interactions, config)
-        return self._prepared
-
-
-def _without_strengths(config: TrainConfig) -> TrainConfig:
-    """The configuration without what the data do not depend on."""
-    usual = {"learning_rate": 1e-3, "weight_decay": 0.1, "rescale": True, "moment_correction": True}
-    return dataclasses.replace(config, seed=0, beta=0.0, num_layers=1, optimizer="adamw", smoothing="neumann", **usual)
+    interactions = load_interactions(config)
+    print(f"{config.data}: {interactions}", flush=True)
+    return interactions
 
 
 def _write_cell(job: Job, result: "Result", prepared: "TrainingData") -> None:

@@ -1,7 +1,7 @@
 """What every run on the same data shares, made once and kept on the device."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,9 @@ from models.memory import check_memory, training_needs
 from models.objectives.losses import make_loss
 
 Feed = PackedSequences | Prefixes | Pairs
+# Options of the steps alone: runs that differ in nothing else share their data.
+STEP_ONLY = ("seed", "optimizer", "learning_rate", "weight_decay", "b1", "b2", "moment_correction", "schedule")
+STEP_ONLY += ("warmup_epochs", "clip_norm", "beta", "num_layers", "rescale", "smoothing", "dropout_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,33 @@ def make_training_data(interactions: Interactions, config: TrainConfig, num_devi
         context=kind.make_context(split.train, config),
         nodes=smoothed_nodes(split.train, config, shapes),
     )
+
+
+class NewestData:
+    """The data of the newest run, kept for the next one.
+
+    Args:
+      interactions_of: gives the interactions of a configuration.
+    """
+
+    def __init__(self, interactions_of: Callable[[TrainConfig], Interactions]) -> None:
+        self._interactions_of = interactions_of
+        self._key: dict[str, Any] | None = None
+        self._prepared: TrainingData | None = None
+
+    def prepared(self, config: TrainConfig) -> TrainingData:
+        """What runs of a configuration are trained on.
+
+        Raises:
+          OutOfMemoryError: as :func:`make_training_data` does.
+          ValueError: if the interactions cannot be read.
+        """
+        key = {name: value for name, value in config.to_dict().items() if name not in STEP_ONLY}
+        if self._prepared is None or key != self._key:
+            self._key = self._prepared = None  # two at once may be too many
+            self._prepared = make_training_data(self._interactions_of(config), config)
+            self._key = key
+        return self._prepared
 
 
 def make_feed(train: Interactions, config: TrainConfig) -> Feed | None:

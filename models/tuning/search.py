@@ -27,6 +27,7 @@ from models.training import loop
 from models.training.checkpoints import MAY_DIFFER, fingerprint, is_run
 from models.training.files import curve, read_history
 from models.training.interrupts import StoppedError
+from models.training.training_data import NewestData
 from models.tuning.space import Space
 from models.validation import dump_yaml
 
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
 Pruner = Literal["median", "successive-halving", "none"]
 State = Literal["finished", "pruned", "diverged", "refused"]
 JOURNAL, TRIALS, BEST, PICTURE = "search.journal", "trials.json", "best.yaml", "search.png"
-# Options that the data of a run do not depend on: trials that differ in nothing else share them.
-STEP_ONLY = ("learning_rate", "weight_decay", "dropout_rate", "b1", "b2", "beta", "num_layers", "rescale", "clip_norm")
-STEP_ONLY += ("moment_correction", "schedule", "warmup_epochs")
 # Of trials.json.
 FORMAT = 1
 
@@ -156,7 +154,7 @@ class _Search:
         say: Callable[[str], None],
     ) -> None:
         self.interactions, self.space, self.output_dir, self.say = interactions, space, output_dir, say
-        self.pruner, self._data = pruner, _Data(interactions)
+        self.pruner, self._data = pruner, NewestData(lambda _: interactions)
         self.study = _open_study(output_dir / JOURNAL, space.base, pruner)
         self._check_same()
         self.outcomes = sorted(map(_outcome, self._finished()), key=lambda outcome: outcome.number)
@@ -358,25 +356,6 @@ class _Search:
 def train(prepared: "TrainingData", config: TrainConfig, folder: Path, watch: loop.Watch | None) -> "Result":
     """Trains a trial, or goes on with it; tests it if nobody watches."""
     return loop.train(prepared, config, config.optimizer, folder, resume=True, test=watch is None, watch=watch)
-
-
-class _Data:
-    """The data of the newest trial, kept for the next one."""
-
-    def __init__(self, interactions: "Interactions") -> None:
-        self.interactions = interactions
-        self._key: dict[str, Any] | None = None
-        self._prepared: TrainingData | None = None
-
-    def prepared(self, config: TrainConfig) -> "TrainingData":
-        from models.training.training_data import make_training_data
-
-        key = {name: value for name, value in config.to_dict().items() if name not in STEP_ONLY}
-        if key != self._key:
-            self._key = self._prepared = None  # two at once may be too many
-            self._prepared = make_training_data(self.interactions, config)
-            self._key = key
-        return self._prepared
 
 
 def _open_study(path: Path, base: TrainConfig, pruner: Pruner) -> "optuna.Study":

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import models.training.training_data
 from models import plots
 from models.__main__ import main
 from models.data import load_interactions
@@ -30,7 +29,7 @@ from models.reproduce.report import write_report
 from models.reproduce.status import seconds_of
 from models.reproduce.summaries import RowCells, TableCells, average_gains, comparable_rows
 from models.reproduce.tables import METRICS, load_table, table_names
-from models.training import compare, loop
+from models.training import compare, loop, training_data
 from models.training.files import read_history
 from models.training.training_data import make_training_data
 from tests.models import stopped_workers
@@ -112,7 +111,7 @@ def trained(monkeypatch):
         return results
 
     monkeypatch.setattr(loop, "train_seeds", train_seeds)
-    monkeypatch.setattr(models.training.training_data, "make_training_data", lambda interactions, config: None)
+    monkeypatch.setattr(training_data, "make_training_data", lambda interactions, config: None)
     return calls
 
 
@@ -521,15 +520,13 @@ def test_workers_stop_politely_and_once(tmp_path, monkeypatch):
 
 
 def test_what_one_run_lacks_keeps_no_other_from_being_trained(one_row, monkeypatch, capsys):
-    data = runner.PreparedData
-
-    class Partly(data):
+    class Partly(training_data.NewestData):
         def prepared(self, config):
             if config.seed == 0:
                 raise FileNotFoundError("cannot download it")
             return super().prepared(config)
 
-    monkeypatch.setattr(runner, "PreparedData", Partly)
+    monkeypatch.setattr(training_data, "NewestData", Partly)
     with pytest.raises(ValueError, match="tiny-sasrec-bce-sevo-adamw failed, see above; the other cells are there"):
         reproduce(arms=("sevo-adamw",))
     assert "tiny-sasrec-bce-sevo-adamw: cannot download it\n" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from models.training import compare, loop
 from models.training.files import read_history
 from models.training.optimizers import make_schedule, make_stages
 from models.training.program import make_epoch
-from models.training.training_data import make_training_data
+from models.training.training_data import STEP_ONLY, NewestData, make_training_data
 from sevo_optax import scale_by_adam_corrected, smooth, smoothness
 
 
@@ -367,3 +367,27 @@ def test_seen_items_are_ranked_on_request(prepared):
     assert everything.losses == unseen.losses
     assert everything.test["MRR@40"] < unseen.test["MRR@40"]
     assert everything.protocol != unseen.protocol
+
+
+def test_runs_that_differ_in_their_steps_alone_share_their_data(prepared):
+    read = []
+    data = NewestData(lambda config: read.append(config) or prepared.interactions)
+    first = data.prepared(CONFIG)
+    others = {"seed": 5, "optimizer": "sgd", "learning_rate": 0.5, "weight_decay": 0.3, "b1": 0.1, "b2": 0.2}
+    others |= {"moment_correction": False, "schedule": "cosine", "warmup_epochs": 1, "clip_norm": 1.0, "beta": 0.1}
+    others |= {"num_layers": 1, "rescale": False, "smoothing": "iterative", "dropout_rate": 0.0}
+    assert others.keys() == {*STEP_ONLY}
+    for name, value in others.items():
+        assert getattr(CONFIG, name) != value
+        assert data.prepared(dataclasses.replace(CONFIG, **{name: value})) is first
+    assert len(read) == 1
+    same = make_training_data(prepared.interactions, dataclasses.replace(CONFIG, **others))
+    for one, other in zip(
+        jax.tree.leaves((first.feed, first.nodes.adjacency, first.test)),
+        jax.tree.leaves((same.feed, same.nodes.adjacency, same.test)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+    for name, value in {"max_length": 3, "max_hops": 2, "batch_size": 7, "exclude_seen": False}.items():
+        assert data.prepared(dataclasses.replace(CONFIG, **{name: value})) is not first
+        first = data.prepared(CONFIG)

@@ -206,7 +206,7 @@ def stub(monkeypatch):
     pytest.importorskip("optuna")
     made = Stub()
     monkeypatch.setattr(search, "train", lambda *arguments: made(*arguments))
-    monkeypatch.setattr(search._Data, "prepared", lambda self, config: None)
+    monkeypatch.setattr(search.NewestData, "prepared", lambda self, config: None)
     return made
 
 
