@@ -368,6 +368,8 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
             raise ValueError(f"patience must be at least 1, got {self.patience}")
         if min(self.keep_epochs, default=0) < 0:
             raise ValueError(f"keep_epochs must be numbers of at least 0, got {self.keep_epochs}")
+        if max(self.keep_epochs, default=0) > self.epochs:
+            raise ValueError(f"keep_epochs must be at most epochs, {self.epochs}, got {max(self.keep_epochs)}")
         if len(set(self.logger)) < len(self.logger):
             raise ValueError(f"logger must name each once, got {' '.join(self.logger)}")
         if not self.ks or min(self.ks) < 1:

@@ -269,6 +269,7 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["train", "--gbce-t", "2"], "gbce_t must lie in [0, 1], got 2.0"),
         (["train", "--num-negatives", "0"], "num_negatives must be at least 1, got 0"),
         (["train", "--warmup-epochs", "7", "--epochs", "7"], "warmup_epochs must be smaller than epochs, 7, got 7"),
+        (["train", "--keep-epochs", "0", "8", "--epochs", "7"], "keep_epochs must be at most epochs, 7, got 8"),
         (["compare", "--seeds", "0"], "seeds must be at least 1, got 0"),
         (["fly"], "unknown command 'fly'; the commands are train, compare, "),
         (["--epochs", "3", "train"], "'--epochs' stands where a command must be: one of train, compare, "),
