@@ -10,6 +10,7 @@ from models.config import TrainConfig
 from models.validation import check, partial, read_yaml
 
 FOLDER = Path(__file__).parent
+LISTED = 20  # of more names, one that is alike says more than all
 
 
 def names() -> list[str]:
@@ -41,14 +42,15 @@ def find(name_or_path: str | PathLike[str], folder: Path, *, kind: str) -> Path:
     """The file that is meant by a name in ``folder``, or by a path with a suffix of YAML.
 
     Raises:
-      ValueError: if there is none; it says which name is alike, or lists all.
+      ValueError: if there is none; it lists the names, or says which of many is alike.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = folder / f"{name_or_path}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.yaml"))
-        advice = near(str(name_or_path), known) or f"; give one of {', '.join(known)}, or a .yaml file"
+        alike = near(str(name_or_path), known) if len(known) > LISTED else ""
+        advice = alike or f"; give one of {', '.join(known)}, or a .yaml file"
         raise ValueError(f"{kind}: {str(name_or_path)!r} does not exist{advice}")
     return path
 
