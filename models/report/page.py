@@ -112,7 +112,7 @@ def plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise ValueError("a report needs plotly; install it with pip install 'sevo-optax[report]'") from None
+        raise ValueError("a report needs plotly; install it with pip install -e '.[report]'") from None
     return get_plotlyjs()
 
 
@@ -125,7 +125,7 @@ def template_environment() -> Any:
     try:
         import jinja2
     except ImportError:
-        raise ValueError("a report needs jinja2; install it with pip install 'sevo-optax[report]'") from None
+        raise ValueError("a report needs jinja2; install it with pip install -e '.[report]'") from None
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,

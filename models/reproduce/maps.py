@@ -89,7 +89,7 @@ def umap_class() -> type:
     try:
         from umap import UMAP
     except ImportError:
-        raise ValueError("maps of items need umap-learn; install it with pip install 'sevo-optax[maps]'") from None
+        raise ValueError("maps of items need umap-learn; install it with pip install -e '.[maps]'") from None
     return UMAP
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -52,7 +52,7 @@ what, and roughly how long it takes). What is written by hand stands in the note
 * by training interactions of the item to find, by items in the user's history: the test users in groups, in cells that
   have them; in brackets the gain over plain AdamW with the same seeds. Coverage is the share of the catalogue that is
   among anybody's first ten;
-* † fewer epochs than the published settings have: no final result;
+* † fewer epochs than the published settings have: no final result; fewer without †: early stopping ended the run;
 * how long takes what was not run is told from runs of the same model here, on other data by the number of interactions;
 * seconds and minutes are those of one seed; trained with {versions} on {devices}.
 """
@@ -372,15 +372,15 @@ def details(row: RowCells) -> list[list[str]]:
     published = list(row.row.published)
     for summary in row.summaries:
         cells = summary.cells
-        best = sorted({cell.best_epoch for cell in cells})
-        epochs = summary.group.config().epochs
+        trained = _span(cell.epochs for cell in cells)
+        epochs = str(summary.group.config().epochs)
         lines.append(
             [
                 f"{summary.label}, ours",
                 *(_with_deviation(summary.mean(name), summary.deviation(name)) for name in METRICS),
                 f"{summary.validation:.4f}",
-                f"{best[0]}–{best[-1]}" if len(best) > 1 else str(best[0]),
-                f"{summary.epochs} of {epochs}" if summary.short else str(summary.epochs),
+                _span(cell.best_epoch for cell in cells),
+                trained if trained == epochs else f"{trained} of {epochs}",
                 f"{statistics.fmean(cell.epoch_seconds for cell in cells):.2f}",
                 f"{statistics.fmean(cell.total_seconds for cell in cells) / 60:.1f}",
             ]
@@ -462,6 +462,12 @@ def learning(row: RowCells) -> list[list[str]]:
         for i, summary in enumerate(row.summaries)
     ]
     return [header, *lines] if columns else []
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """The smallest and the largest, or the only one."""
+    found = sorted({*numbers})
+    return str(found[0]) if len(found) == 1 else f"{found[0]}–{found[-1]}"
 
 
 def _published_line(published: Published) -> list[str]:

@@ -76,7 +76,7 @@ def check_installed(names: Sequence[Logger]) -> None:
     for name in names:
         module, extra = MODULES[name]
         if importlib.util.find_spec(module) is None:
-            raise ValueError(f"logger {name} needs {module}; install it with pip install 'sevo-optax[{extra}]'")
+            raise ValueError(f"logger {name} needs {module}; install it with pip install -e '.[{extra}]'")
 
 
 class Loggers:

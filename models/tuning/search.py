@@ -93,7 +93,7 @@ def require_optuna() -> None:
     try:
         import optuna  # noqa: F401
     except ImportError:
-        raise ValueError("tune needs optuna; install it with pip install 'sevo-optax[tune]'") from None
+        raise ValueError("tune needs optuna; install it with pip install -e '.[tune]'") from None
 
 
 def tune(

@@ -138,7 +138,7 @@ def test_a_missing_package_is_refused_before_anything_is_read(name, tmp_path, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda module, *rest: None if module == name else find(module))
     assert main(["train", "--logger", "tensorboard", name, "--output-dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error == f"error: logger {name} needs {name}; install it with pip install 'sevo-optax[{name}]'\n"
+    assert error == f"error: logger {name} needs {name}; install it with pip install -e '.[{name}]'\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -441,7 +441,7 @@ def test_refused_on_the_command_line(tmp_path, capsys, monkeypatch):
         assert error.count("\n") == 1
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     assert main(["tune", *out]) == 2
-    assert capsys.readouterr().err == "error: tune needs optuna; install it with pip install 'sevo-optax[tune]'\n"
+    assert capsys.readouterr().err == "error: tune needs optuna; install it with pip install -e '.[tune]'\n"
     assert not (tmp_path / "out").exists()
 
 
