@@ -2,9 +2,13 @@
 
 import dataclasses
 import difflib
+import functools
 import math
+import os
+import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 LARGEST_FLOAT = 3.4028235e38  # of float32, which everything is computed in
 LARGEST_INT = 2**31 - 1  # of int32; random keys repeat themselves beyond 32 bits
@@ -103,6 +107,79 @@ def check_heeded(configs: Sequence[Any], given: Mapping[str, Any], *, called: Ma
 def _words(value: Any) -> str:
     """A value as on the command line; nothing for None."""
     return "" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+NAMES = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("True or False", "True or False"),
+    Path: ("a path", "paths"),
+}
+TEXT = ("text", "texts")
+
+
+def wanted(kind: Any) -> str:
+    """What values of a type are called.
+
+    >>> wanted(int | None), wanted(tuple[float, float]), wanted(tuple[int, ...])
+    ('a whole number', '2 numbers', 'whole numbers')
+    """
+    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
+        return " or ".join(wanted(option) for option in get_args(kind) if option is not type(None))
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is tuple:
+        arguments = get_args(kind)
+        if get_origin(arguments[0]) is Literal:
+            return wanted(arguments[0])
+        many = NAMES.get(arguments[0], TEXT)[1]
+        return many if arguments[-1] is ... else f"{len(arguments)} {many}"
+    return NAMES.get(kind, TEXT)[0]
+
+
+def check_types(options: Any) -> None:
+    """Checks that options are of their fields' types, and choices among their values.
+
+    Args:
+      options: a dataclass.
+
+    Raises:
+      ValueError: if one is not.
+
+    Examples:
+      >>> from models.config import TrainConfig
+      >>> check_types(TrainConfig(schedule="cosin"))
+      Traceback (most recent call last):
+      ValueError: schedule must be one of constant, linear, cosine, got 'cosin'
+      >>> check_types(TrainConfig(epochs=2.5))
+      Traceback (most recent call last):
+      ValueError: epochs must be a whole number, got 2.5
+    """
+    hints = _hints(type(options))
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if not _fits(value, hints[field.name]):
+            raise ValueError(f"{field.name} must be {wanted(hints[field.name])}, got {shortened(value)}")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; an integer is a number, too, and text a path."""
+    arguments = get_args(kind)
+    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
+        return any(_fits(value, option) for option in arguments)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in arguments
+    if get_origin(kind) is tuple:
+        kinds = arguments[:1] * len(value) if isinstance(value, tuple) and arguments[-1] is ... else arguments
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, (str, os.PathLike) if kind is Path else kind)
 
 
 def check_numbers(options: Any) -> None:

@@ -20,6 +20,7 @@ from models.checks import (
     check_loss,
     check_numbers,
     check_split,
+    check_types,
 )
 
 Loss = Literal["bce", "ce", "sampled-softmax", "gbce", "bpr"]
@@ -341,6 +342,7 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
         return {name: value for name, value in values.items() if name == "model" or value != usual[name]}
 
     def _check(self) -> None:
+        check_types(self)
         check_numbers(self)
         check_split(self)
         for name in self._at_least_one():

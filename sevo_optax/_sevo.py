@@ -121,8 +121,8 @@ def sevo(
         split by rows, of shards or rows a shard.
 
     Note:
-      One NaN in a gradient reaches every row within :math:`L` hops of its own. :func:`optax.apply_if_finite` around the
-      whole chain drops such a step.
+      One NaN in a gradient reaches every row within :math:`L` hops of its own, and every row with ``method="exact"``.
+      :func:`optax.apply_if_finite` around the whole chain drops such a step.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -117,7 +117,14 @@ def to_devices(
         part = plan(rows, layout, shard, exchanged, degree if normalize else None)
         rows = None
         room = entries - part.data.size
-        blocks = (np.pad(part.data.astype(dtype), (0, room)), np.pad(part.indices, (0, room)), part.indptr, part.send)
+        with np.errstate(over="ignore"):
+            data = part.data.astype(dtype)
+        if not np.isfinite(data).all():
+            raise ValueError(
+                f"adjacency holds the weight {part.data.max():g}, too large for {data.dtype.name}. "
+                "Only ratios of weights matter: divide them all by the largest."
+            )
+        blocks = (np.pad(data, (0, room)), np.pad(part.indices, (0, room)), part.indptr, part.send)
         for field, block in zip(fields, blocks, strict=True):
             field += [jax.device_put(block[None], device) for device in places]
     shapes = [(number, entries), (number, entries), (number, layout.rows + 1), (number, number, exchanged)]

@@ -22,7 +22,9 @@ def check_form(beta: Any, num_layers: Any, method: Any) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not callable(beta) and not is_traced(beta):
-        if np.ndim(beta) != 0 or not jnp.issubdtype(np.asarray(beta).dtype, np.number):
+        dtype = np.asarray(beta).dtype
+        real = jnp.issubdtype(dtype, np.number) and not jnp.issubdtype(dtype, np.complexfloating)
+        if np.ndim(beta) != 0 or not real:
             raise TypeError(f"beta must be a number in [0, 1) or a schedule, got {beta!r}")
         if not 0 <= float(beta) < 1:
             raise ValueError(

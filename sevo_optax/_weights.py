@@ -37,7 +37,7 @@ def check_float32(csr: scipy.sparse.csr_array) -> None:
     """Refuses weights that float32 cannot hold."""
     with np.errstate(over="ignore", under="ignore"):
         data = csr.data.astype(np.float32)
-    _refuse_infinite(csr, data)
+    refuse_infinite(csr, data)
     bad = first(data == 0)
     if bad is not None:
         raise ValueError(
@@ -46,7 +46,7 @@ def check_float32(csr: scipy.sparse.csr_array) -> None:
         )
 
 
-def _refuse_infinite(csr: scipy.sparse.csr_array, data: np.ndarray) -> None:
+def refuse_infinite(csr: scipy.sparse.csr_array, data: np.ndarray) -> None:
     """Refuses weights that became infinite in another dtype."""
     bad = first(~np.isfinite(data))
     if bad is not None:
@@ -261,7 +261,7 @@ def to_bcoo(csr: scipy.sparse.csr_array, dtype: Any = np.float32) -> jsparse.BCO
     _require(2 * (np.dtype(dtype).itemsize + 8) * csr.nnz + 4 * csr.nnz, "the graph", csr.shape, csr.nnz)
     with np.errstate(over="ignore"):
         data = csr.data.astype(dtype)
-    _refuse_infinite(csr, data)
+    refuse_infinite(csr, data)
     num_nodes = csr.shape[0]
     indices = np.empty((csr.nnz, 2), np.int32)
     indices[:, 0] = np.repeat(np.arange(num_nodes, dtype=np.int32), np.diff(csr.indptr))
@@ -323,6 +323,8 @@ def check_ids(values: Any, bound: int, name: str, bound_name: str, row: int = 0,
     array = check_vector(values, name)
     if not array.size:
         raise ValueError(f"{name} is empty; wanted at least one id. {hint}".rstrip())
+    if array.dtype.kind == "b":
+        raise TypeError(f"{name} is a mask (dtype bool); wanted integers. Give np.flatnonzero of it. {hint}".rstrip())
     if array.dtype.kind not in "iu":
         bad = 0
         if array.dtype.kind == "f":  # point at the fraction, if there is one

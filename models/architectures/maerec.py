@@ -620,9 +620,10 @@ class MAERec(SequenceRecommender):
         total = self.l2_weight * sum(jnp.sum(values * values) for values in parameters)
         if key is None or represented.seeds is None:
             return total
-        with jax.named_scope("reconstruction"):
-            sample = self._draw_edges(represented, key)
-            total += self.reconstruction_weight * self._reconstruction(represented.layers, sample)
+        if self.reconstruction_weight:
+            with jax.named_scope("reconstruction"):
+                sample = self._draw_edges(represented, key)
+                total += self.reconstruction_weight * self._reconstruction(represented.layers, sample)
         return total - self._reward(jax.lax.stop_gradient(loss), represented.resampled) * represented.similarity
 
     def _draw_seeds(

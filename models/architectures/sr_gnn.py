@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,8 @@ class SRGNN(SequenceRecommender):
         dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        if incoming not in get_args(IncomingMessages):
+            raise ValueError(f"incoming must be one of {', '.join(get_args(IncomingMessages))}, got {incoming!r}")
         self.dtype = jnp.dtype(dtype)
         self.incoming = incoming
         self.separate_prefixes = separate_prefixes

@@ -1,18 +1,14 @@
 """Parsing the command line: whatever is refused is refused in one line."""
 
 import dataclasses
-import types
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import tyro
 from tyro import _errors  # private, but the only way to a refusal before it is drawn; pyproject.toml pins tyro for it
 
-from models.checks import check_text, near, shortened
+from models.checks import check_text, near, shortened, wanted
 
-NAMES = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), Path: ("a path", "paths")}
-TEXT = ("text", "texts")
 _HIDDEN = get_args(tyro.conf.Suppress[int])[1]
 
 
@@ -60,25 +56,6 @@ def given(arguments: Sequence[str], command: Any) -> tuple[str, ...]:
     known = {option.replace("--", "--no-", 1): name for option, name in options.items()} | options
     names = (known.get(argument.partition("=")[0].replace("_", "-")) for argument in arguments)
     return tuple(dict.fromkeys(name for name in names if name is not None))
-
-
-def wanted(kind: Any) -> str:
-    """What values of a type are called.
-
-    >>> wanted(int | None), wanted(tuple[float, float]), wanted(tuple[int, ...])
-    ('a whole number', '2 numbers', 'whole numbers')
-    """
-    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
-        return " or ".join(wanted(option) for option in get_args(kind) if option is not type(None))
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    if get_origin(kind) is tuple:
-        arguments = get_args(kind)
-        if get_origin(arguments[0]) is Literal:
-            return wanted(arguments[0])
-        many = NAMES.get(arguments[0], TEXT)[1]
-        return many if arguments[-1] is ... else f"{len(arguments)} {many}"
-    return NAMES.get(kind, TEXT)[0]
 
 
 def _reason(

@@ -88,7 +88,7 @@ def room_for_targets(feed: Feed, batch: Any) -> int:
 def make_diagnose(
     graphdef: nnx.GraphDef, stages: Stages, loss: Loss, groups: Sequence[Group], axes: Mapping[str, int]
 ) -> Callable[..., Any]:
-    """Builds ``diagnose(state, opt_state, feed, sampler, context, adjacency, key)``: what the next step would be like.
+    """Builds ``diagnose(state, opt_state, feed, sampler, context, adjacency, key)``: what a step would be like.
 
     It takes the gradient of one batch through the stages of the optimizer, and changes nothing. For each group of
     tables it reports the smoothness of the raw update (as it reaches the smoothing), of the smoothed update and of the

@@ -215,7 +215,7 @@ def _parquet_files(path: Any) -> list[Path]:
     if not isinstance(path, str | os.PathLike):
         if not isinstance(path, Iterable):
             raise TypeError(f"path is {path!r}; wanted a parquet file, a folder or a list of files.")
-        return [Path(file) for file in path]
+        return [file for one in path for file in _parquet_files(os.fspath(one))]
     path = Path(path)
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:

@@ -1,6 +1,6 @@
 """Graphs from graphs: adding relations up, thinning out, normalising."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -58,6 +58,8 @@ def combine(graphs: Sequence[Adjacency], coefficients: Sequence[float] | None = 
         raise ValueError("graphs is empty; wanted at least one graph.")
     if coefficients is None:
         coefficients = [1.0] * len(graphs)
+    if isinstance(coefficients, Mapping):
+        raise TypeError("coefficients is a mapping; wanted a list, one number for each graph in their order.")
     coefficients = list(coefficients)
     if len(coefficients) != len(graphs):
         raise ValueError(f"there are {len(coefficients)} coefficients for {len(graphs)} graphs; wanted one each.")

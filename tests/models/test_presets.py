@@ -148,10 +148,6 @@ def test_an_optimizer_may_stand_in_a_preset(tmp_path, monkeypatch, capsys):
 def test_a_preset_that_is_not_there_is_told_with_the_one_that_is_like_it():
     with pytest.raises(ValueError, match=r"'sasrc-beauty' does not exist; did you mean sasrec-beauty\?$"):
         presets.load_preset("sasrc-beauty")
-    with pytest.raises(
-        ValueError, match=r"'x' does not exist; give one of bert4rec-adam-beauty,.* stosa-toys, or a \.yaml"
-    ):
-        presets.load_preset("x")
 
 
 def test_bytes_are_no_yaml(tmp_path):
@@ -161,7 +157,7 @@ def test_bytes_are_no_yaml(tmp_path):
         presets.load_preset(path)
 
 
-@pytest.mark.parametrize("name", ["sasrec-bauty", "no/such.yaml"])
+@pytest.mark.parametrize("name", ["x", "no/such.yaml"])
 def test_an_unknown_preset_lists_those_there_are(name):
     with pytest.raises(
         ValueError, match=rf"preset: '{name}' does not exist; give one of bert4rec-adam-beauty, .*sasrec-toys"

@@ -274,6 +274,7 @@ def test_user_item_weights_add_up():
         ([0], [0, 1], None, ValueError, "users has length 1 but items has 2"),
         ([], [], None, ValueError, "users is empty"),
         ([0.5], [0], None, TypeError, r"users\[0\] is .*0.5"),
+        ([False, True], [0, 1], None, TypeError, r"users is a mask .*Give np\.flatnonzero of it"),
         ([[0]], [[0]], None, ValueError, r"users has shape \(1, 1\)"),
         ([[0], [0, 1]], [0, 1], None, ValueError, "users is ragged"),
         ([0, 1], [0, 1], [1.0], ValueError, "weights has length 1; wanted 2"),
@@ -586,6 +587,14 @@ def test_from_parquet_rejects_what_is_not_there(reader, tmp_path):
         graph.from_parquet(path, num_nodes=3)
 
 
+def test_from_parquet_takes_folders_among_files(reader, tmp_path):
+    (tmp_path / "folder").mkdir()
+    first = write(tmp_path / "a.parquet", source=[0], target=[1], weight=[2.0])
+    write(tmp_path / "folder" / "b.parquet", source=[1], target=[2], weight=[3.0])
+    found = graph.from_parquet([first, str(tmp_path / "folder")], num_nodes=3)
+    np.testing.assert_array_equal(found.todense(), [[0, 2, 0], [2, 0, 3], [0, 3, 0]])
+
+
 def test_from_parquet_says_what_to_install(monkeypatch, tmp_path):
     path = write(tmp_path / "edges.parquet", source=[0], target=[1], weight=[1])
     monkeypatch.setattr(_parquet.importlib.util, "find_spec", lambda *_: None)
@@ -856,6 +865,7 @@ def test_combine_keeps_normalised_graphs():
         ([PLAIN, PLAIN], [np.nan, 1], ValueError, r"coefficients\[0\] is nan"),
         ([PLAIN, PLAIN], [np.inf, 1], ValueError, r"coefficients\[0\] is inf"),
         ([PLAIN, PLAIN], ["1", 1], TypeError, r"coefficients\[0\] is '1'"),
+        ([PLAIN, PLAIN], {1: 2.0, 2: 3.0}, TypeError, "coefficients is a mapping; wanted a list"),
         ([PLAIN, PLAIN], [0, 0.0], ValueError, "all coefficients are 0"),
         ([PLAIN], [1e308], ValueError, "too large for float32"),
     ],

@@ -491,6 +491,7 @@ def test_exact_form_ends_where_there_is_no_solution(x):
         ({"beta": np.ones(2)}, TypeError, "beta must be a number"),
         ({"beta": "0.9"}, TypeError, "beta must be a number"),
         ({"beta": True}, TypeError, "beta must be a number"),
+        ({"beta": 0.5 + 0j}, TypeError, "beta must be a number"),
         ({"beta": lambda step: 0.9}, TypeError, r"schedules belong to sevo\("),
         ({"num_layers": -1}, ValueError, "num_layers must be at least 0, got -1"),
         ({"num_layers": 1.5}, TypeError, r"num_layers must be an integer, got 1\.5"),
@@ -507,6 +508,7 @@ def test_exact_form_ends_where_there_is_no_solution(x):
         ({"adjacency": -np.ones((30, 30))}, ValueError, "non-negative"),
         ({"adjacency": np.full((30, 30), np.nan)}, ValueError, "finite"),
         ({"adjacency": np.ones((30, 29))}, ValueError, r"\(30, 29\)"),
+        ({"adjacency": np.full((30, 30), 1e39), "normalize": False}, ValueError, "1e.39, too large for float32"),
     ],
 )
 def test_errors_name_the_argument_and_the_value(weights, options, error, message):
