@@ -317,14 +317,16 @@ def check_text(arguments: Sequence[str]) -> None:
             raise ValueError(f"{where} must be text in UTF-8, got {shortened(argument)}") from None
 
 
-def near(name: str, known: Sequence[str]) -> str:
-    """A question whether a known name was meant; empty if none is like it.
+def near(name: str, known: Sequence[str], most: int = 1) -> str:
+    """A question whether a known name was meant, or one of a few; empty if none is like it.
 
     >>> near("epoch", ["seed", "epochs"])
     '; did you mean epochs?'
+    >>> near("sasrec", ["sasrec-toys", "sasrec-tools"], most=3)
+    '; did you mean sasrec-toys or sasrec-tools?'
     """
-    found = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
+    *others, last = difflib.get_close_matches(name, known, n=most) or [""]
+    return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?" if last else ""
 
 
 def shortened(value: Any) -> str:

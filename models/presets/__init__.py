@@ -49,7 +49,7 @@ def find(name_or_path: str | PathLike[str], folder: Path, *, kind: str) -> Path:
         path = folder / f"{name_or_path}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.yaml"))
-        alike = near(str(name_or_path), known) if len(known) > LISTED else ""
+        alike = near(str(name_or_path), known, most=4) if len(known) > LISTED else ""
         advice = alike or f"; give one of {', '.join(known)}, or a .yaml file"
         raise ValueError(f"{kind}: {str(name_or_path)!r} does not exist{advice}")
     return path

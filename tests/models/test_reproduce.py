@@ -963,7 +963,7 @@ def test_the_settings_of_plain_adam_are_those_behind_the_table():
             "    dataset: big\n    preset",
             "rows 1: dataset must be one of tiny, got 'big'",
         ),
-        ("preset: preset.yaml", "preset: sasrec", "preset: 'sasrec' does not exist; give one of bert4rec-adam-beauty"),
+        ("preset: preset.yaml", "preset: sasrec", "preset: 'sasrec' does not exist; did you mean sasrec-toys"),
         ("{loss: ce}", "{los: ce}", "rows 2: settings: unknown field 'los'; did you mean 'loss'?"),
         ("{loss: ce}", "{dropout_rate: 2}", "rows 2: dropout_rate must lie in [0, 1), got 2.0"),
         ("{loss: ce}", "{}", "two rows are called tiny-sasrec-bce"),
