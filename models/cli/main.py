@@ -70,7 +70,7 @@ class RunOptions:
 
     preset: str | None = None
     """Settings to start from, which other options override: MODEL-DATASET, as in the paper, such as sasrec-beauty, with
-    beauty, toys, tools or ml-1m (an unknown name lists all), or a YAML file."""
+    beauty, toys, tools or ml-1m ("?" lists all), or a YAML file."""
     resume: bool = False
     """Go on from the newest checkpoint, if there is one; a finished run is kept as it is."""
     overwrite: bool = False
