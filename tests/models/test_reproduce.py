@@ -1479,6 +1479,43 @@ class TestClaims:
         assert "L = 3 0.0410, L = " in verdict.evidence[0]
         assert evidence in verdict.evidence[0]
 
+    @pytest.mark.parametrize(
+        ("title", "scores", "holds", "evidence"),
+        [
+            (
+                "BERT4Rec on Beauty",
+                {"adamw": [0.0417], "sevo-adamw": [0.0429]},
+                [],
+                "+0.0012 in NDCG@10 that 0.0015 of",
+            ),
+            (
+                "BERT4Rec on Beauty",
+                {"adamw": [0.0417], "sevo-adamw": [0.0450]},
+                [True],
+                "BERT4Rec +7.9% over adamw (beauty)",
+            ),
+            (
+                "BERT4Rec on Beauty",
+                {"adamw": [0.0450], "sevo-adamw": [0.0417]},
+                [False],
+                "BERT4Rec -7.3% over adamw (beauty)",
+            ),
+        ],
+    )
+    def test_gains(self, folder, title, scores, holds, evidence):
+        """Of one seed, the deviation of the published runs says what is noise."""
+        table = load_table("3")
+        (row,) = [row for row in table.rows if row.title == title]
+        for group in row.groups:
+            if group.arm in scores:
+                write_cells("table-3", group, scores[group.arm])
+        (claim,) = [claim for claim in CLAIMS if claim.text.startswith("SEvo improves")]
+        verdict = claim.judge({"table-3": TableCells.of(table, Cells(Path("results")))})
+        assert verdict.holds == holds
+        (text,) = [text for text in verdict.evidence if "BERT4Rec" in text]
+        assert evidence in text
+        assert ("does not tell apart" in text) is (not holds)
+
     def test_the_last_k(self, folder):
         """With three of the last items it is worst, with twenty best; at 5 and 10 noise decides."""
         last = {3: 0.030, 5: 0.035, 10: 0.0358, 20: 0.040, 50: 0.0395}
