@@ -342,6 +342,12 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
         return {name: value for name, value in values.items() if name == "model" or value != usual[name]}
 
     def _check(self) -> None:
+        if self.loss not in self.losses:
+            raise ValueError(f"loss must be one of {', '.join(self.losses)} with {self.model}, got {self.loss!r}")
+        if self.optimizer not in self.optimizers:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(self.optimizers)} with {self.model}, got {self.optimizer!r}"
+            )
         check_types(self)
         check_numbers(self)
         check_split(self)
@@ -354,12 +360,6 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
         for name in self._below_one():
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.loss not in self.losses:
-            raise ValueError(f"loss must be one of {', '.join(self.losses)} with {self.model}, got {self.loss!r}")
-        if self.optimizer not in self.optimizers:
-            raise ValueError(
-                f"optimizer must be one of {', '.join(self.optimizers)} with {self.model}, got {self.optimizer!r}"
-            )
         if not 0 <= self.gbce_t <= 1:
             raise ValueError(f"gbce_t must lie in [0, 1], got {self.gbce_t}")
         for name in ["learning_rate", "clip_norm"]:
