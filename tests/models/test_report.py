@@ -395,7 +395,7 @@ class TestPage:
 
     def test_without_plotly_it_says_what_to_install(self, group, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "plotly.offline", None)
-        with pytest.raises(ValueError, match=r"needs plotly; install it with pip install 'sevo-optax\[report\]'"):
+        with pytest.raises(ValueError, match=r"needs plotly; install it with pip install -e '\.\[report\]'"):
             write_page([group], tmp_path / "report.html")
 
     def test_no_arm_has_a_table(self, data, tmp_path):
