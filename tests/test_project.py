@@ -78,3 +78,9 @@ def test_notebooks_without_outputs_are_found(tmp_path, capsys):
     assert notebook_outputs.main([str(path)]) == 1
     assert "no outputs" in capsys.readouterr().out
     assert notebook_outputs.main([]) == 0
+
+
+def test_results_link_to_no_page_that_the_site_does_not_have():
+    """The site shows the results as one page, from another folder: pictures are found there, other pages are not."""
+    text = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\((?!https:|#)[^)]*\.md", text) == []
