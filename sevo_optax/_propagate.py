@@ -54,12 +54,9 @@ def to_device(matrix: Any, dtype: Any) -> CSR:
             f"adjacency has {matrix.nnz} entries, but 32-bit offsets hold fewer than 2**31; "
             "sparsify it first, for example with graph.top_k"
         )
-    with np.errstate(over="ignore"):
-        data = matrix.data.astype(dtype)
-    _weights.refuse_infinite(matrix, data)
     # Copies, not views of host memory: only buffers that JAX owns can be donated.
     return CSR(
-        jnp.array(data),
+        jnp.array(_weights.cast(matrix, dtype)),
         jnp.array(matrix.indices, jnp.int32),
         jnp.array(matrix.indptr, jnp.int32),
     )

@@ -35,9 +35,7 @@ def raw_bcoo(csr: scipy.sparse.csr_array) -> jsparse.BCOO:
 
 def check_float32(csr: scipy.sparse.csr_array) -> None:
     """Refuses weights that float32 cannot hold."""
-    with np.errstate(over="ignore", under="ignore"):
-        data = csr.data.astype(np.float32)
-    refuse_infinite(csr, data)
+    data = cast(csr, np.float32)
     bad = first(data == 0)
     if bad is not None:
         raise ValueError(
@@ -46,8 +44,10 @@ def check_float32(csr: scipy.sparse.csr_array) -> None:
         )
 
 
-def refuse_infinite(csr: scipy.sparse.csr_array, data: np.ndarray) -> None:
-    """Refuses weights that became infinite in another dtype."""
+def cast(csr: scipy.sparse.csr_array, dtype: Any) -> np.ndarray:
+    """The weights in another dtype; refuses those that are too large for it."""
+    with np.errstate(over="ignore", under="ignore"):
+        data: np.ndarray = csr.data.astype(dtype)
     bad = first(~np.isfinite(data))
     if bad is not None:
         raise ValueError(
@@ -55,6 +55,7 @@ def refuse_infinite(csr: scipy.sparse.csr_array, data: np.ndarray) -> None:
             f"too large for {data.dtype.name}. "
             "Only ratios of weights matter: divide them all by the largest."
         )
+    return data
 
 
 def row_of(csr: scipy.sparse.csr_array, position: int) -> int:
@@ -259,9 +260,7 @@ def to_bcoo(csr: scipy.sparse.csr_array, dtype: Any = np.float32) -> jsparse.BCO
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     # Values and both indices, once in NumPy and once in JAX, and the row of each entry.
     _require(2 * (np.dtype(dtype).itemsize + 8) * csr.nnz + 4 * csr.nnz, "the graph", csr.shape, csr.nnz)
-    with np.errstate(over="ignore"):
-        data = csr.data.astype(dtype)
-    refuse_infinite(csr, data)
+    data = cast(csr, dtype)
     num_nodes = csr.shape[0]
     indices = np.empty((csr.nnz, 2), np.int32)
     indices[:, 0] = np.repeat(np.arange(num_nodes, dtype=np.int32), np.diff(csr.indptr))

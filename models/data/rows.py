@@ -314,9 +314,7 @@ def checked_ids(rows: Rows, ids: "polars.Series", what: str) -> "polars.Series":
         rows.refuse(ids, ids.is_null(), missing)
         ids = ids.cast(polars.String).str.replace(r"\.0+$", "")
         rows.refuse(ids, ids.str.contains(".", literal=True), fraction)
-        numbers = ids.cast(polars.Int64, strict=False)
-        return ids if numbers.null_count() else numbers
-    if ids.dtype.is_float():
+    elif ids.dtype.is_float():
         ids = ids.fill_nan(None)
         rows.refuse(ids, ids.is_null(), missing)
         fractions = (ids != ids.floor()) | ids.is_infinite()

@@ -91,7 +91,6 @@ class FullRanking:
         """
         queries = make_queries(history, model=model, config=config, user_ids=user_ids)
         users, items = history.distinct_pairs() if exclude_seen else (np.zeros(0, int), np.zeros(0, int))
-        repeated = np.unique(users[items == targets[users]])
         chunks = -(-history.num_users // chunk_size)
         starts = np.searchsorted(users, np.arange(chunks + 1) * chunk_size)
         pairs_per_chunk = int(np.diff(starts).max())
@@ -113,7 +112,7 @@ class FullRanking:
             chunk_size=chunk_size,
             pairs_per_chunk=pairs_per_chunk,
             exclude_seen=exclude_seen,
-            num_repeated=len(repeated),
+            num_repeated=int(np.sum(items == targets[users])),
         )
 
     def ranks(self, model: Recommender, context: Mapping[str, Any]) -> jax.Array:

@@ -77,10 +77,11 @@ def _gains(found: Found) -> Verdict:
             evidence.append(f"{gain.subject}: no run to its end")
             continue
         # The averages have no spread of their own: that of NDCG@10 says whether any data set tells the arms apart.
-        mine = [
-            x for x in found["table-3"].rows if (x.row.subject, x.row.dataset in gain.datasets) == (gain.subject, True)
+        told = [
+            _gain_told_apart(row)
+            for row in found["table-3"].rows
+            if row.row.subject == gain.subject and row.row.dataset in gain.datasets
         ]
-        told = [_gain_told_apart(row) for row in mine]
         decided = any(apart for apart, _ in told)
         if decided:
             holds.append(gain.gain > 0)
@@ -89,7 +90,7 @@ def _gains(found: Found) -> Verdict:
             f"{x.gain:+.1%} over {x.over} ({', '.join(x.datasets)})" for x in (gain, adam) if x.gain is not None
         )
         evidence.append(f"{gain.subject} {gains}{'' if decided else told[0][1]}")
-    if any("no run" not in text for text in evidence):
+    if any(gain.arm == SEVO and gain.gain is not None for gain in over["adamw"]):
         evidence[0] = f"averaged over {', '.join(METRICS)}: {evidence[0]}"
     return Verdict(holds, evidence)
 

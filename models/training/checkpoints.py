@@ -468,7 +468,6 @@ class Checkpoints:
           CheckpointError: if it is damaged.
         """
         path = self._folder(epoch)
-        later = ""
         try:
             missing = [name for name in PARTS if not (path / name).exists()]
             if missing:
@@ -477,7 +476,7 @@ class Checkpoints:
                 restore = partial(checkpointer.restore, path.absolute())
                 note = restore(args=ocp.args.Composite(note=ocp.args.JsonRestore())).note
                 if later := check_format(note, SPLIT_FORMAT):
-                    raise ValueError(later)
+                    raise UnreachableError(f"{path} {later}")
                 # Of how many devices a checkpoint comes must not matter: what is asked for are arrays on the host.
                 like = {name: _blank(*array) for name, array in note.get("arrays", {}).items()} or None
                 state = restore(args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
@@ -494,9 +493,9 @@ class Checkpoints:
                 if progress["best_epoch"] == epoch:
                     last = [name for name in leaves if name.startswith("last.")]
                     leaves |= {"best" + name.removeprefix("last"): leaves[name] for name in last}
+        except UnreachableError:
+            raise
         except Exception as error:  # whatever is wrong with the files, there is nothing to read
-            if later:
-                raise UnreachableError(f"{path} {later}") from error
             reason = _system_reason(error)
             if reason in PASSING:
                 advice = "nothing was changed; try again, or remove that folder to go on without it"

@@ -118,7 +118,7 @@ class NewestData:
           ValueError: if the interactions cannot be read.
         """
         key = {name: value for name, value in config.to_dict().items() if name not in STEP_ONLY}
-        if self._prepared is None or key != self._key:
+        if key != self._key:
             self._key = self._prepared = None  # two at once may be too many
             self._prepared = make_training_data(self._interactions_of(config), config)
             self._key = key
