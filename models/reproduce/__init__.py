@@ -37,6 +37,8 @@ class Reproduce:
     """Only these (left out: all)."""
     arms: tuple[Optimizer, ...] = ()
     """Only these optimizers (left out: all)."""
+    cells: tuple[str, ...] = ()
+    """Only cells with such names, as --dry-run has them; * stands for anything: 'beauty-distance-*' (left out: all)."""
     seeds: int = 3
     """How many seeds: 0, 1, …."""
     epochs: int | None = None
@@ -95,7 +97,7 @@ class Reproduce:
         from models.reproduce import costs
         from models.reproduce.status import dry_run_costs
 
-        for name in ("arms", "epochs", "workers"):
+        for name in ("arms", "cells", "epochs", "workers"):
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"{name}: the seconds of {table.name} are measured, with all arms side by side in one process, got "
@@ -123,6 +125,7 @@ class Reproduce:
             datasets=self.datasets,
             models=self.models,
             arms=self.arms,
+            cells=self.cells,
             seeds=self.seeds,
             epochs=self.epochs,
             data_dir=self.data_dir,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import glob
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.checks import near
 from models.config import GraphConfig, Optimizer, TrainConfig
 from models.files import claim, read_json
 from models.memory import memory_size, out_of_memory_told
@@ -83,6 +85,7 @@ def plan(
     datasets: Sequence[str],
     models: Sequence[str],
     arms: Sequence[str],
+    cells: Sequence[str] = (),
     seeds: int,
     epochs: int | None,
     data_dir: Path | None,
@@ -96,6 +99,7 @@ def plan(
       datasets: only these; empty: all, and so on.
       models: only these.
       arms: only these.
+      cells: only those whose name, without the seed, is like one of these patterns of ``fnmatch``.
       seeds: how many: 0, 1, ….
       epochs: instead of the preset's; None: the preset's.
       data_dir: the folder of the data; None: public builds of the data sets.
@@ -108,8 +112,9 @@ def plan(
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     rows = select_rows(table, datasets, models, arms)
+    chosen = select_groups(table, cells)
     jobs, done = [], 0
-    cells, planned = Cells(results_dir), set()
+    there, planned = Cells(results_dir), set()
     for row in rows:
         dataset = table.datasets[row.dataset]
         fields = dataset.fields(data_dir)
@@ -117,18 +122,18 @@ def plan(
             fields = fields | {"epochs": epochs}
         for seed in range(table.num_seeds(row, seeds)):
             for group in row.groups:
-                if arms and group.arm not in arms:
+                if (arms and group.arm not in arms) or group.name not in chosen:
                     continue
                 teacher, vectors = table.teacher(group), {}
                 if teacher is not None:
                     config = teacher.config(**fields, **graph_fields(teacher, dataset, data_dir), seed=seed)
-                    teacher = _job(table, teacher, config, cells, results_dir, work_dir)
+                    teacher = _job(table, teacher, config, there, results_dir, work_dir)
                     # Whatever differs in the teacher gives the file another name, which the student's cell keeps.
                     name = f"{teacher.group.name}-seed{seed}-{_digest(config)}-{config.epochs}-epochs.npz"
                     vectors = {"vectors": work_dir / table.name / name}
                 config = group.config(**fields, **graph_fields(group, dataset, data_dir), **vectors, seed=seed)
-                job = _job(table, group, config, cells, results_dir, work_dir, teacher)
-                if job.done or cells.shared(group, config) is not None:
+                job = _job(table, group, config, there, results_dir, work_dir, teacher)
+                if job.done or there.shared(group, config) is not None:
                     done += 1
                     continue
                 if getattr(config, "keep_epochs", ()):
@@ -167,6 +172,25 @@ def select_rows(table: Table, datasets: Sequence[str], models: Sequence[str], ar
         for row in table.rows
         if (not datasets or row.dataset in datasets) and (not models or row.config.model in models)
     ]
+
+
+def select_groups(table: Table, patterns: Sequence[str]) -> set[str]:
+    """The names of a table's cells, without their seeds, that are like one of some patterns; of none: all.
+
+    Raises:
+      ValueError: if a pattern is like none of them.
+    """
+    names = [group.name for row in table.rows for group in row.groups]
+    chosen = set() if patterns else set(names)
+    for pattern in patterns:
+        found = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not found:
+            raise ValueError(
+                f"cells: {table.name} has none like {pattern}{near(pattern, names, most=3)}; --dry-run names those "
+                "that are missing, and * stands for anything"
+            )
+        chosen |= found
+    return chosen
 
 
 def check_source(row: Row, dataset: Dataset, data_dir: Path | None) -> None:

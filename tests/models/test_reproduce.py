@@ -185,6 +185,10 @@ class TestRunner:
             *sorted(x for x in CELLS if "-beta" in x and x[-1] == "0"),
         ]
 
+    def test_selects_cells_by_name(self, folder, trained):
+        reproduce(cells=("*-beta0.9", "tiny-sasrec-bce-adamw"), seeds=1)
+        assert cells() == ["tiny-sasrec-bce-adamw-seed0", "tiny-sasrec-ce-sevo-adamw-beta0.9-seed0"]
+
     def test_goes_on_after_it_was_killed(self, folder, trained, monkeypatch):
         working = loop.train_seeds
 
@@ -309,6 +313,7 @@ class TestRunner:
             ({"data_dir": Path("none")}, "data_dir: none/tiny.txt does not exist"),
             ({"datasets": ("beauty",)}, "datasets must be among tiny in tiny, got beauty"),
             ({"models": ("bert4rec",)}, "models must be among sasrec in tiny, got bert4rec"),
+            ({"cells": ("tiny-sasrec-adam",)}, "cells: tiny has none like tiny-sasrec-adam; did you mean tiny-sasrec"),
             ({"arms": ("sevo-gradient",)}, "arms must be among adamw, sevo-adamw in tiny, got sevo-gradient"),
             ({"seeds": 0}, "seeds must be at least 1, got 0"),
             ({"epochs": 0}, "epochs must be at least 1, got 0"),
