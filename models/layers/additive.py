@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from models.layers.attention import BLOCKED
+from models.mesh import DATA, current_mesh, fill_up, on_each_part
 
 # Most queries of a causal row that are scored together: fewer save work, more save calls.
 QUERIES_AT_ONCE = 32
@@ -38,6 +40,15 @@ def additive_scores(query: jax.Array, key: jax.Array, weight: jax.Array) -> jax.
       >>> additive_scores(query, key, jnp.ones(3))[0].tolist()
       [[1.5, 1.5, 1.5, 1.5], [1.5, 1.5, 1.5, 1.5]]
     """
+    if current_mesh() is None:
+        return _some_rows_at_a_time(query, key, weight)
+    # A loop over rows that are split would have each device go through those of all.
+    on_part = on_each_part(_some_rows_at_a_time, (P(DATA), P(DATA), P()), P(DATA), differentiable=True)
+    return on_part(fill_up(query, DATA), fill_up(key, DATA), weight)[: len(query)]
+
+
+def _some_rows_at_a_time(query: jax.Array, key: jax.Array, weight: jax.Array) -> jax.Array:
+    """The scores of one device's rows, which are all of them without a mesh."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
     weight = weight.astype(query.dtype)
 

@@ -3,14 +3,17 @@
 import re
 import sys
 import traceback
+from functools import partial
 from math import prod
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from models.architectures.registry import make_config
 from models.data import Interactions
-from models.mesh import make_mesh
+from models.layers import additive
+from models.mesh import make_mesh, split_batch
 from models.training.layout import make_layout
 from models.training.program import Program
 from models.training.split_program import SplitProgram
@@ -38,8 +41,13 @@ def collectives(program):
         lowered = program._epoch.lower(
             program.model_state, program.opt_state, data.feed, data.sampler, data.context, program.key
         )
+    return exchanges(lowered.compile())
+
+
+def exchanges(compiled):
+    """Kind and bytes, as one device receives them, of each exchange in a program."""
     found = []
-    for shapes, kind in re.findall(rf"= (\(.*?\)|\S+) ({KINDS})(?:-start)?\(", lowered.compile().as_text()):
+    for shapes, kind in re.findall(rf"= (\(.*?\)|\S+) ({KINDS})(?:-start)?\(", compiled.as_text()):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         sizes = [BYTES[dtype] * prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays]
         found.append((kind, sum(sizes)))
@@ -87,14 +95,33 @@ def check(options, layouts):
             assert abs(found_metrics[name] - value) < 0.02, name
 
 
+def check_additive_attention():
+    """Rows that are scored some at a time stay on their device, and so do the gradients."""
+    additive.CPU_NUMBERS_AT_ONCE = 2 * 6 * 6 * DIM  # two rows at a time, of the four of each device
+    arrays = [jnp.asarray(RNG.normal(size=(16, 6, DIM)), jnp.float32) for _ in range(3)]
+    weight, seen = jnp.asarray(RNG.normal(size=DIM), jnp.float32), jnp.tril(jnp.ones((1, 6, 6), bool))
+
+    def loss(arrays, weight):
+        arrays = split_batch(arrays)
+        return jnp.square(additive.additive_attention(*arrays, weight, seen, normalize=True, causal=True)).sum()
+
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    alone = program(arrays, weight)
+    with jax.set_mesh(make_mesh("data=4,model=2")):
+        largest = max(size for _, size in exchanges(program.lower(arrays, weight).compile()))
+        assert largest <= DIM * 4, f"an exchange of {largest} bytes, and only the weight's gradient is of all"
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), program(arrays, weight), alone)
+
+
 def main():
     assert jax.device_count() == 8, "run through test_mesh.py"
     failed = []
-    for case in CASES:
+    checks = {case[0]["model"]: partial(check, *case) for case in CASES}
+    for name, run in (checks | {"additive attention": check_additive_attention}).items():
         try:
-            check(*case)
+            run()
         except Exception:  # report every case in one go
-            failed.append(case[0]["model"])
+            failed.append(name)
             traceback.print_exc()
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
