@@ -402,7 +402,7 @@ def table(folder: Path) -> str:
         "",
         f"Test {SELECTION} at the epoch with the best validation {SELECTION}. Differences are to AdamW of the same "
         "seeds and settings, with their standard error; what wins by more than two of them, over three seeds or more, "
-        "is **bold**. Its partner is AdamW with the same average, rate or windows. "
+        "is **bold**. A trial's partner is AdamW with the same average, rate or windows. "
         "`python -m benchmarks.trials` makes them; what each of them is: [benchmarks](../../benchmarks/README.md).",
         "",
         "| data | trial | β | seeds | epochs | best epoch | validation | test | test − AdamW | test − its partner |",

@@ -11,8 +11,11 @@ import scipy.sparse
 
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from models.files import write_bytes
@@ -237,7 +240,7 @@ class Panel(NamedTuple):
       xlabel: of the horizontal axis.
       ylabel: of the vertical axis.
       lines: ours.
-      published: drawn behind ours, hollow and dotted, in the colour of our line of the same label.
+      published: drawn behind ours, hollow, in the colour of our line of the same label; joined by dots if categories.
       levels: label and value of horizontal lines.
       categories: whether the places are told apart, not measured: all stand equally far apart.
       log: whether the vertical axis is logarithmic.
@@ -271,7 +274,9 @@ def panels(drawn: Sequence[Panel], path: Path, *, title: str = "", columns: int 
             colors[line.label] = line.color or PALETTE[i % len(PALETTE)]
         for line in panel.published:
             color = colors.setdefault(line.label, line.color or PALETTE[len(colors) % len(PALETTE)])
-            marks = {"marker": "o", "markerfacecolor": "white", "markersize": 7, "linestyle": ":", "linewidth": 1.2}
+            # Some epochs of a curve are no curve.
+            style = ":" if panel.categories else ""
+            marks = {"marker": "o", "markerfacecolor": "white", "markersize": 7, "linestyle": style, "linewidth": 1.2}
             ax.plot(at(line.x), line.y, color=color, label=f"{line.label}, published", **marks)
         for line in panel.lines:
             color, x, y = colors[line.label], at(line.x), np.asarray(line.y)
@@ -331,6 +336,9 @@ def bars(
         for i, bar in enumerate(found):
             if bar.value is not None:
                 ax.bar(i, bar.value, color=bar.color or PALETTE[0], yerr=bar.spread, capsize=3, width=0.7)
+            else:
+                place = {"xy": (i, 0), "xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+                ax.annotate("not run", **place, rotation=90, fontsize="x-small", color="#7f7f7f")
             if bar.published is not None:
                 ax.plot(i, bar.published, "D", color="black", markerfacecolor="white", zorder=5)
         if any(bar.published is not None for bar in found):
@@ -373,15 +381,17 @@ class Clusters(NamedTuple):
       xlabel: what the groups are.
       groups: their names.
       series: the bars.
+      pale: which groups are so small that their bars say little.
     """
 
     xlabel: str
     groups: Sequence[str]
     series: Sequence[Series]
+    pale: Sequence[bool]
 
 
-def clusters(drawn: Sequence[Clusters], path: Path, *, ylabel: str, title: str = "") -> None:
-    """Draws bars side by side, above and below 0; a panel each."""
+def clusters(drawn: Sequence[Clusters], path: Path, *, ylabel: str, title: str = "", few: str = "") -> None:
+    """Draws bars side by side, above and below 0; a panel each. ``few`` is what the legend says of pale ones."""
     widths = [len(one.groups) for one in drawn]
     fig, axes = plt.subplots(
         1,
@@ -400,7 +410,8 @@ def clusters(drawn: Sequence[Clusters], path: Path, *, ylabel: str, title: str =
             heights = np.array([series.values[j] for j in shown], float)
             spreads = np.array([series.spreads[j] or 0.0 for j in shown])
             color = series.color or PALETTE[i % len(PALETTE)]
-            ax.bar(places, heights, width, color=color, label=series.label)
+            shades = [to_rgba(color, 0.35 if one.pale[j] else 1.0) for j in shown]
+            ax.bar(places, heights, width, color=shades)
             seen = spreads > 0
             ax.errorbar(
                 np.array(places)[seen], heights[seen], yerr=spreads[seen], fmt="none", ecolor="black", capsize=3
@@ -425,8 +436,15 @@ def clusters(drawn: Sequence[Clusters], path: Path, *, ylabel: str, title: str =
         ax.grid(alpha=0.3, axis="y")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set(ylabel=ylabel)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    handles: list[Artist] = [
+        Patch(color=series.color or PALETTE[i % len(PALETTE)], label=series.label)
+        for i, series in enumerate(drawn[0].series)
+    ]
+    if any(any(one.pale) for one in drawn):
+        handles.append(Patch(color=to_rgba("black", 0.2), label=few))
+    if any(spread for one in drawn for series in one.series for spread in series.spreads):
+        handles.append(plt.Line2D([], [], color="black", marker="_", label="one standard deviation of the gain"))
+    fig.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     fig.suptitle(title)
     _save(fig, path)
 

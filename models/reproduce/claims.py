@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.config import SELECTION, Optimizer
@@ -27,20 +27,28 @@ class Verdict:
     """What the cells say about a claim.
 
     Attributes:
-      holds: of each comparison that could be made, whether it is as claimed.
+      holds: of each comparison that could be made, whether it is as claimed; None: noise may have made the difference.
       evidence: the figures, for readers.
     """
 
-    holds: Sequence[bool]
-    evidence: Sequence[str]
+    holds: list[bool | None]
+    evidence: list[str]
 
     def text(self, complete: bool) -> str:
-        """The verdict in words."""
-        if not self.holds:
+        """The verdict in words.
+
+        >>> Verdict([True, True], []).text(complete=True), Verdict([True, None, False], []).text(complete=True)
+        ('holds', 'holds in 1 of 3, 1 not decided')
+        """
+        total, holds, undecided = len(self.holds), self.holds.count(True), self.holds.count(None)
+        if undecided == total:
             return "not decided"
-        if all(self.holds):
+        if holds == total:
             return "holds" if complete else "holds so far"
-        return f"holds in {sum(self.holds)} of {len(self.holds)}" if any(self.holds) else "does not hold"
+        rest = f", {undecided} not decided" if undecided else ""
+        if holds:
+            return f"holds in {holds} of {total}{rest}"
+        return f"does not hold in {total - undecided} of {total}{rest}" if undecided else "does not hold"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +86,12 @@ def _gains(found: Found) -> Verdict:
             continue
         # The averages have no spread of their own: that of NDCG@10 says whether any data set tells the arms apart.
         told = [
-            _gain_told_apart(row)
+            _gain_told_apart(found, row)
             for row in found["table-3"].rows
             if row.row.subject == gain.subject and row.row.dataset in gain.datasets
         ]
         decided = any(apart for apart, _ in told)
-        if decided:
-            holds.append(gain.gain > 0)
+        holds.append(gain.gain > 0 if decided else None)
         adam = next(x for x in over["adam"] if (x.subject, x.arm) == (gain.subject, gain.arm))
         gains = ", ".join(
             f"{x.gain:+.1%} over {x.over} ({', '.join(x.datasets)})" for x in (gain, adam) if x.gain is not None
@@ -130,20 +137,29 @@ def _told_apart(difference: float, named: str, deviation: float | None, num_seed
     return False, f", {named} {noise:.4f} of noise (two standard errors) does not tell apart"
 
 
-def _gain_told_apart(row: RowCells) -> tuple[bool, str]:
+def _gain_told_apart(found: Found, row: RowCells) -> tuple[bool, str]:
     """Whether SEvo and plain AdamW are told apart on the data of a row, see :func:`_told_apart`."""
     compared = with_common_seeds({arm: finished(row, arm) for arm in (SEVO, "adamw")})
     sevo, plain = (compared[arm] for arm in (SEVO, "adamw"))
-    published = row.published(finished(row))
-    deviation = _deviation(row) or (None if published is None else published.deviation)
     lead = sevo.mean() - plain.mean()
-    return _told_apart(abs(lead), f"a difference of {lead:+.4f} in {SELECTION} that", deviation, len(sevo.cells))
+    named = f"a difference of {lead:+.4f} in {SELECTION} that"
+    return _told_apart(abs(lead), named, _deviation(found, row), len(sevo.cells))
 
 
-def _deviation(row: RowCells) -> float | None:
-    """The largest deviation over seeds of SEvo in a row; None: nothing has several."""
-    several = [x for x in row.summaries if x.group.arm == SEVO and len(x.cells) > 1]
-    return max([x.deviation() or 0.0 for x in several], default=None)
+def _deviation(found: Found, row: RowCells) -> float | None:
+    """How far runs of a model on a data set deviate by their seeds; None: nothing has several.
+
+    The largest that is known, of the row's arms and of the published runs: few seeds know little of it.
+    """
+    ours = [x.deviation() for x in row.summaries if not x.short and len(x.cells) > 1]
+    others = found["table-3"].rows if "table-3" in found else ()
+    same = [x for x in (row, *others) if _model_and_data(x) == _model_and_data(row)]
+    published = [x.deviation for other in same for x in other.row.published if x.arm == SEVO]
+    return max([x for x in ours + published if x is not None], default=None)
+
+
+def _model_and_data(row: RowCells) -> tuple[str, str]:
+    return row.row.config.model, row.row.dataset
 
 
 def _layers(found: Found) -> Verdict:
@@ -160,29 +176,33 @@ def _layers(found: Found) -> Verdict:
             max((n for n in values if (n in PEAK) is inside), key=values.__getitem__) for inside in (True, False)
         )
         lead = values[near] - values[far]
-        deviation = finished(row, num_layers=3).deviation()
-        decided, why = _told_apart(abs(lead), f"a difference of {lead:+.4f} that", deviation, len(compared[3].cells))
-        if decided:
-            holds.append(lead > 0)
+        named = f"a difference of {lead:+.4f} that"
+        decided, why = _told_apart(abs(lead), named, _deviation(found, row), len(compared[3].cells))
+        holds.append(lead > 0 if decided else None)
         figures = ", ".join(f"L = {n} {values[n]:.4f}" for n in dict.fromkeys((near, far, 0)))
         evidence.append(f"{row.row.dataset}, seed {seeds}: {figures}{why}")
     return Verdict(holds, evidence)
 
 
 def _correction(found: Found) -> Verdict:
-    gains = {
-        (gain.subject, gain.settings["moment_correction"]): gain
-        for gain in average_gains(found["figure-6"].rows, "adamw", complete=True)
-        if gain.arm == SEVO and gain.gain is not None
-    }
     holds, evidence = [], []
     for subject in ("GRU4Rec", "STOSA"):
-        with_it, without = gains.get((subject, True)), gains.get((subject, False))
-        if with_it and without and with_it.datasets == without.datasets:
-            holds.append(with_it.gain > without.gain)
+        for row in found["figure-6"].rows:
+            if row.row.subject != subject:
+                continue
+            compared = with_common_seeds(
+                {"adamw": finished(row, "adamw"), **{x: finished(row, moment_correction=x) for x in (True, False)}}
+            )
+            if not compared:
+                continue
+            values = {x: summary.mean() for x, summary in compared.items()}
+            lead = values[True] - values[False]
+            named = f"a difference of {lead:+.4f} that"
+            decided, why = _told_apart(abs(lead), named, _deviation(found, row), len(compared[True].cells))
+            holds.append(lead > 0 if decided else None)
             evidence.append(
-                f"{subject}: {with_it.gain:+.1%} over adamw with it, {without.gain:+.1%} without "
-                f"({', '.join(with_it.datasets)})"
+                f"{subject}, {row.row.dataset}: {values[True]:.4f} with it, {values[False]:.4f} without, adamw "
+                f"{values['adamw']:.4f}{why}"
             )
     return Verdict(holds, evidence)
 
@@ -215,8 +235,8 @@ def _last(found: Found) -> Verdict:
     holds, evidence = [], []
     for row, values, num_seeds in _variants(found, "graph_max_length", "graph_keep"):
         ahead = {k: values["last"][k] - values["first"][k] for k in values["last"]}
-        decided = {k: x for k, x in ahead.items() if _told_apart(abs(x), "", _deviation(row), num_seeds)[0]}
-        holds += [x > 0 for x in decided.values()]
+        decided = {k: x for k, x in ahead.items() if _told_apart(abs(x), "", _deviation(found, row), num_seeds)[0]}
+        holds += [x > 0 if k in decided else None for k, x in ahead.items()]
         each = ", ".join(f"{x:+.4f} (K = {k})" for k, x in ahead.items())
         some = f" at K = {', '.join(map(str, decided))}" if decided else " nowhere"
         evidence.append(f"{row.row.dataset}: the last K less the first {each}, told apart from noise{some}")
@@ -230,9 +250,8 @@ def _longer(found: Found) -> Verdict:
             continue
         least, most = min(values["last"]), max(values["last"])
         rise = values["last"][most] - values["last"][least]
-        decided, why = _told_apart(abs(rise), f"a difference of {rise:+.4f} that", _deviation(row), num_seeds)
-        if decided:
-            holds.append(rise > 0)
+        decided, why = _told_apart(abs(rise), f"a difference of {rise:+.4f} that", _deviation(found, row), num_seeds)
+        holds.append(rise > 0 if decided else None)
         each = ", ".join(f"{x:.4f}" for x in values["last"].values())
         evidence.append(f"beauty, the last {', '.join(map(str, values['last']))}: {each}{why}")
     return Verdict(holds, evidence)
@@ -240,12 +259,14 @@ def _longer(found: Found) -> Verdict:
 
 def _distance(found: Found) -> Verdict:
     holds, evidence = [], []
-    for row, values, _ in _variants(found, "max_hops", "graph_weighting"):
+    for row, values, num_seeds in _variants(found, "max_hops", "graph_weighting"):
         spread = {name: max(x.values()) - min(x.values()) for name, x in values.items()}
-        holds.append(spread["distance"] < spread["frequency"])
+        less = spread["frequency"] - spread["distance"]
+        decided, why = _told_apart(abs(less), f"{less:+.4f} that", _deviation(found, row), num_seeds)
+        holds.append(less > 0 if decided else None)
         evidence.append(
             f"{row.row.dataset}: {SELECTION} moves by {spread['distance']:.4f} with distance, "
-            f"by {spread['frequency']:.4f} with frequency"
+            f"by {spread['frequency']:.4f} with frequency{why}"
         )
     return Verdict(holds, evidence)
 
@@ -264,13 +285,11 @@ def _genres(found: Found) -> Verdict:
         )
         if compared:
             values = {name: summary.mean() for name, summary in compared.items()}
-            deviation, num_seeds = finished(interactions, beta=beta).deviation(), len(compared["interactions"].cells)
+            deviation, num_seeds = _deviation(found, interactions), len(compared["interactions"].cells)
             steps = [values["genres"] - values["adamw"], values["interactions"] - values["genres"]]
             told = [_told_apart(abs(x), f"a step of {x:+.4f} that", deviation, num_seeds) for x in steps]
-            if any(decided and x < 0 for (decided, _), x in zip(told, steps, strict=True)):
-                holds.append(False)
-            elif all(decided for decided, _ in told):
-                holds.append(True)
+            contrary = any(decided and x < 0 for (decided, _), x in zip(told, steps, strict=True))
+            holds.append(False if contrary else True if all(decided for decided, _ in told) else None)
             why = next((text for decided, text in told if not decided), "")
             figures = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
             evidence.append(f"beta {beta}: {figures}{why}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from models import plots
-from models.config import SELECTION
+from models.config import SELECTION, Optimizer
 from models.evaluation.groups import COUNTED
 from models.reproduce.cells import cell_path
 from models.reproduce.maps import Maps
@@ -17,6 +17,8 @@ from models.reproduce.tables import PLAIN, SeedGroup, settings_in_words
 
 TEST = f"test {SELECTION}"
 ENERGY = "Dirichlet energy J"
+# In groups of test users that are smaller, a few lucky ones decide.
+FEW_USERS = 200
 # What the paper calls what its figures vary.
 AXES = {"num_layers": "L (num_layers)", "graph_max_length": "K (graph_max_length)", "max_hops": "H (max_hops)"}
 
@@ -72,11 +74,12 @@ def draw_who_gains(row: RowCells, path: Path) -> bool:
             )
         if series:
             groups = [f"{name}\n{count:,} {'user' if count == 1 else 'users'}" for name, count in users.items()]
-            panels.append(plots.Clusters(counted, groups, series))
+            panels.append(plots.Clusters(counted, groups, series, [count < FEW_USERS for count in users.values()]))
     # Where no arm finds anybody's item, nothing changes anywhere.
     changed = any(value for panel in panels for series in panel.series for value in series.values)
     if changed:
-        plots.clusters(panels, path, ylabel=f"{TEST}: gain over adamw", title=f"{row.row.title}: who gains")
+        title, few = f"{row.row.title}: who gains", f"fewer than {FEW_USERS} users"
+        plots.clusters(panels, path, ylabel=f"{TEST}: gain over adamw", title=title, few=few)
     return changed
 
 
@@ -101,11 +104,14 @@ def _draw_loss(found: TableCells, path: Path) -> bool:
     panels = []
     for row in found.trained:
         lines, published = [], []
+        arms: set[Optimizer] = set()
         for summary in row.summaries:
+            color = None if summary.group.arm in arms else plots.COLORS.get(summary.group.arm)
+            arms.add(summary.group.arm)
             length = min(cell.epochs for cell in summary.cells)
             losses = np.array([[record["loss"] for record in cell.history[:length]] for cell in summary.cells])
             spread = losses.std(axis=0, ddof=1) if len(losses) > 1 else None
-            lines.append(plots.Line(summary.group.label, None, np.arange(1, length + 1), losses.mean(0), spread))
+            lines.append(plots.Line(summary.group.label, color, np.arange(1, length + 1), losses.mean(0), spread))
         for group in row.row.groups:
             if group.published is not None and group.published.losses:
                 points = {epoch: mean for epoch, (_, mean, _) in group.published.losses.items()}
@@ -139,6 +145,8 @@ def _values_panel(rows: Sequence[RowCells], over: str, dataset: str) -> plots.Pa
     theirs: dict[str, list[tuple[float, float]]] = {}
     levels: dict[str, float] = {}
     everything = {(i, x.group.label): x for i, row in enumerate(rows) for x in row.summaries}
+    if not all(x.short for x in everything.values()):  # what lacks epochs does not compare with what has them
+        everything = {key: x for key, x in everything.items() if not x.short}
     everything = with_common_seeds(everything) or everything
     seeds = {cell.seed for summary in everything.values() for cell in summary.cells}
     for i, row in enumerate(rows):

@@ -16,7 +16,7 @@ from models.reproduce.cells import Cell, Cells
 from models.reproduce.claims import claim_lines
 from models.reproduce.pictures import draw_curves, draw_table, draw_who_gains, smoothness_lines
 from models.reproduce.status import duration, seconds_of
-from models.reproduce.summaries import RowCells, TableCells, average_gains, with_common_seeds
+from models.reproduce.summaries import RowCells, TableCells, average_gains, comparable_rows, with_common_seeds
 from models.reproduce.tables import METRICS, PLAIN, Measured, Published, Table, table_names
 from models.training.time_to_quality import MEASURES, time_to_quality
 
@@ -40,15 +40,16 @@ what, and roughly how long it takes). What is written by hand stands in the note
 * protocol: {protocol};
 * ± is the standard deviation over the seeds; gains and p (two-sided paired t-test) compare NDCG@10, over the seeds that
   both were trained with. Gain over adam: over Adam with settings of its own, as the paper's are. Gain over adamw: over
-  AdamW with the very settings that SEvo has: what smoothing alone does. Published gains are over the paper's plain row;
+  AdamW with the very settings that SEvo has, which were not chosen for AdamW: what smoothing and the correction of the
+  moments of idle rows do together (Figure 6 takes them apart). Published gains are over the paper's plain row;
 * difference: our mean less the published one. Its standard error (s.e.) combines that of our mean and, where its runs
   are known, that of the published mean; for a single run of ours the published runs' deviation stands in;
 * trained until adamw's best: until validation NDCG@10, as often as it is evaluated, is first as high as that of plain
   AdamW with the same seed at its best epoch; mean ± deviation over the seeds that get there (triangles in pictures).
   "adamw": its own epochs with these seeds. Seconds are of training alone, epochs times seconds an epoch, and of runs
   that had other work beside them: what an epoch costs, Figure 3 measures. Steps are given where the cells have them;
-* of common seeds: the mean test NDCG@10 over the seeds (in brackets) that all lines of a row have, where some have
-  more: what compares lines with each other;
+* of common seeds: the mean test NDCG@10 over the seeds that all lines of a row have, and the gain over adamw with
+  these, where some have more: what compares lines with each other;
 * by training interactions of the item to find, by items in the user's history: the test users in groups, in cells that
   have them; in brackets the gain over plain AdamW with the same seeds. Coverage is the share of the catalogue that is
   among anybody's first ten;
@@ -225,12 +226,22 @@ def overview(row: RowCells, bases: Sequence[Optimizer]) -> list[list[str]]:
 
 
 def of_common_seeds(row: RowCells) -> list[str]:
-    """Of each line of a row, the mean NDCG@10 of the seeds that all of them have, and these; – if all have the same."""
+    """Of each line of a row, the mean NDCG@10 and the gain over adamw of the seeds that all have; – if they are all.
+
+    Behind them the seeds.
+    """
     compared = with_common_seeds(dict(enumerate(row.summaries)))
     if not compared or all(len(x.cells) == len(compared[i].cells) for i, x in enumerate(row.summaries)):
         return [NONE] * len(row.summaries)
-    seeds = ", ".join(str(cell.seed) for cell in compared[0].cells)
-    return [f"{x.mean():.4f} ({seeds})" for x in compared.values()]
+    seeds = [cell.seed for cell in compared[0].cells]
+    which = f"(seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
+    lines = []
+    for summary in compared.values():
+        base = row.baseline(summary, "adamw")
+        over = summary.gain(next((x for x in compared.values() if base is not None and x.group == base.group), None))
+        gain = "" if over is None or over.relative is None else f", {over.relative:+.1%}"
+        lines.append(f"{summary.mean():.4f}{gain} {which}")
+    return lines
 
 
 def _gains_parts(found: TableCells) -> list[str]:
@@ -239,10 +250,11 @@ def _gains_parts(found: TableCells) -> list[str]:
     if not table.gains:
         return []
     published = {(x.subject, x.arm, tuple(x.settings.items())): x.gain for x in table.gains}
-    by_base = {
-        base: {(x.subject, x.arm, tuple(x.settings.items())): x for x in average_gains(found.rows, base)}
-        for base in ("adam", "adamw")
-    }
+    by_base = {}
+    for base in ("adam", "adamw"):
+        # Settings compare on the same data sets and seeds.
+        rows = comparable_rows(found.rows, base) if any(x.settings for x in table.gains) else found.rows
+        by_base[base] = {(x.subject, x.arm, tuple(x.settings.items())): x for x in average_gains(rows, base)}
     lines = []
     for key in dict.fromkeys([key for gains in by_base.values() for key in gains]):
         mine = [gains.get(key) for gains in by_base.values()]
