@@ -122,6 +122,8 @@ def _scale_by_adam_corrected(
     def find(tree: Any) -> tuple[dict[int, int], list[Any], Any]:
         """The axis of the rows by position of each leaf to correct, and the flattened tree."""
         positions, leaves, names, treedef = _tables.find(tree, paths, num_nodes)
+        for i in positions:
+            _tables.check_is_array(i, leaves, names)
         axis = _tables.resolve_axis(node_axis, [leaves[i].shape for i in positions], num_nodes)
         for i in positions:
             _tables.check_axis(axis, i, leaves, names)

@@ -26,7 +26,8 @@ def smoothness(x: jax.typing.ArrayLike, adjacency: Adjacency, *, normalize: bool
       normalize: as in :func:`smooth`.
 
     Returns:
-      A scalar, float32 at least.
+      A scalar, float32 at least. Of a matrix that is nearly smooth, rounding may leave a little less than 0: about the
+      machine precision times :math:`\|X\|_F^2`.
 
     Raises:
       TypeError: as :func:`smooth`.

@@ -79,6 +79,10 @@ def prepare(adjacency: Any, dtype: Any, normalize: bool) -> CSR:
 def _prepare_traced(adjacency: sparse.BCOO, dtype: Any, normalize: bool) -> CSR:
     _weights.check_matrix(adjacency, "adjacency")
     num_nodes = adjacency.shape[0]
+    # The number of nodes need not fit into narrow indices. And where the weights alone differ between devices, JAX's
+    # sorting has a wrong derivative (0.10).
+    parts = _vary_alike((adjacency.data, adjacency.indices.astype(jnp.int32)))
+    adjacency = sparse.BCOO(parts, shape=adjacency.shape, indices_sorted=adjacency.indices_sorted)
     if not adjacency.indices_sorted:
         adjacency = adjacency.sort_indices()
     rows, columns = adjacency.indices[:, 0], adjacency.indices[:, 1]
@@ -129,6 +133,8 @@ def columnwise(
     Matters only where shardings are part of the types (``jax.sharding.AxisType.Explicit``). Columns that are split
     already stay where they are. Split rows are exchanged for split columns once before and once after the call.
 
+    Inside of :func:`jax.shard_map`, all arguments vary between devices as far as one does, as in JAX's own products.
+
     Args:
       fun: returns arrays like ``leaves`` and treats their columns independently.
       leaves: arrays that agree on all axes but ``axis``.
@@ -141,6 +147,7 @@ def columnwise(
     shardings = [jax.typeof(leaf).sharding for leaf in leaves]
     explicit = [i for i, sharding in enumerate(shardings) if AxisType.Explicit in sharding.mesh.axis_types]
     if not explicit:
+        leaves, whole = _vary_alike((list(leaves), whole))
         return fun(leaves, *whole)
     first: Any = leaves[explicit[0]]
     spec = shardings[explicit[0]].spec
@@ -157,6 +164,29 @@ def columnwise(
         jax.sharding.reshard(leaf, NamedSharding(mesh, sharding.spec if i in explicit else P()))
         for i, (leaf, sharding) in enumerate(zip(out, shardings, strict=True))
     ]
+
+
+def _vary_alike(tree: Any) -> Any:
+    """Has all arrays vary over the manual axes that one of them varies over; derivatives are summed over these."""
+    tree = jax.tree.map(jnp.asarray, tree)
+    union = frozenset[Any]().union(*map(_varying, jax.tree.leaves(tree)))
+
+    def vary(x: jax.Array) -> jax.Array:
+        axes = tuple(union - _varying(x))
+        if not axes:
+            return x
+        lax: Any = jax.lax  # jax 0.7 has the older name alone
+        varying: jax.Array = lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
+        return varying
+
+    return jax.tree.map(vary, tree)
+
+
+def _varying(x: jax.Array) -> frozenset[Any]:
+    """The manual axes of a mesh over which an array's type says that it differs."""
+    aval: Any = jax.typeof(x)
+    found: frozenset[Any] = aval.mat.varying if hasattr(aval, "mat") else aval.vma
+    return found
 
 
 _propagate_p = Primitive("sevo_propagate")

@@ -12,9 +12,9 @@ from sevo_optax import _propagate, _sharded, _tables, _weights
 from sevo_optax._propagate import CSR, Method
 from sevo_optax._sharded import ShardedCSR
 from sevo_optax._shards import Layout, Shards, in_memory
-from sevo_optax._smooth import check_form, is_traced, smooth_leaves
+from sevo_optax._smooth import check_form, smooth_leaves
 from sevo_optax._tables import Tables
-from sevo_optax._weights import Adjacency
+from sevo_optax._weights import Adjacency, is_traced
 
 
 class SEvoState(NamedTuple):
@@ -98,7 +98,8 @@ def sevo(
         that holds exactly one array, such as ``"item_embedding"``. A tuple of paths is one node set, stacked in that
         order, for example ``("user_embedding", "item_embedding")`` with :func:`graph.user_item`. None: the tree holds
         exactly one array, as it does under :func:`optax.masked`.
-      beta: strength of the smoothing, a number in [0, 1), possibly traced, or a schedule of the step count.
+      beta: strength of the smoothing, a number in [0, 1), possibly traced, or a schedule of the step count. What is
+        traced cannot be checked: a schedule must stay below 1, in float32.
       num_layers: :math:`L \ge 0`, the number of terms behind the first one.
       method: ``"neumann"``, ``"iterative"`` or ``"exact"``, see :func:`smooth`.
       rescale: whether the Neumann series is rescaled (Eq. 7, Theorem 2) or not (Eq. 6, the slower curve of Figure 4a).
@@ -363,7 +364,7 @@ def with_graphs(state: optax.OptState, like: optax.OptState) -> Any:
       like: a state of the same transformation, as its ``init`` returns it, to take the graphs from.
 
     Returns:
-      ``state`` with graphs.
+      ``state`` with graphs. They are those of ``like``, not copies: donated with the state, they are gone there, too.
 
     Raises:
       ValueError: if one holds more states of ``sevo`` than the other.

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from sevo_optax import _propagate, _tables
 from sevo_optax._propagate import Method
 from sevo_optax._shards import Layout, Shards, measure, plan
+from sevo_optax._smooth import check_rounded
 
 
 class ShardedCSR(NamedTuple):
@@ -166,6 +167,7 @@ def smooth_leaves(
     """Smooths the rows of ``leaves`` as one node set, in float32 at least; ``graph`` is split by ``sharding``."""
     mesh, axes = sharding.mesh, axes_of(sharding)
     dtype = _propagate.compute_dtype(*(leaf.dtype for leaf in leaves), graph.data.dtype)
+    check_rounded(beta, dtype)
     axis %= leaves[0].ndim
 
     def local(leaves: Sequence[jax.Array], graph: ShardedCSR, beta: jax.Array) -> list[jax.Array]:

@@ -10,11 +10,7 @@ import numpy as np
 
 from sevo_optax import _propagate, _tables
 from sevo_optax._propagate import CSR, EXACT_TOLERANCE, METHODS, Method
-from sevo_optax._weights import Adjacency
-
-
-def is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
+from sevo_optax._weights import Adjacency, is_traced
 
 
 def check_form(beta: Any, num_layers: Any, method: Any) -> None:
@@ -40,6 +36,19 @@ def check_form(beta: Any, num_layers: Any, method: Any) -> None:
             raise ValueError(f"num_layers must be at least 0, got {int(num_layers)}")
         if int(num_layers) >= 2**31:
             raise ValueError(f"num_layers must be below 2**31, got {int(num_layers)}; 1 to 4 are usual")
+
+
+def check_rounded(beta: Any, dtype: Any) -> None:
+    """Checks a number, also one out of a schedule, as it is computed with."""
+    if np.ndim(beta) != 0:
+        raise TypeError(
+            f"beta must be a number, got shape {np.shape(beta)}; a schedule returns one number for all rows"
+        )
+    if not is_traced(beta) and not 0 <= float(np.asarray(beta, dtype)) < 1:
+        raise ValueError(
+            f"beta must lie in [0, 1), got {float(beta)}, in {np.dtype(dtype).name}; "
+            f"take at most {1 - np.finfo(dtype).eps:.8g}, also where a schedule ends"
+        )
 
 
 def smooth(
@@ -278,6 +287,7 @@ def smooth_leaves(
       The smoothed leaves in their own dtypes, and the relative residual of the exact form, None for the others.
     """
     dtype = _propagate.compute_dtype(*(leaf.dtype for leaf in leaves), csr.data.dtype)
+    check_rounded(beta, dtype)
     exact = method == "exact"
 
     def local(leaves: Sequence[jax.Array], csr: CSR, beta: jax.Array) -> list[jax.Array]:
@@ -306,6 +316,9 @@ def smooth_array(
     if off is not None and not is_traced(off):
         allowed = 100 * EXACT_TOLERANCE[np.dtype(off.dtype).name]
         if not float(off) <= allowed:
+            if not bool(jnp.isfinite(x).all()):
+                warnings.warn("x holds NaN or infinity, and so does what is smoothed", RuntimeWarning, stacklevel=3)
+                return smoothed
             warnings.warn(
                 f'method="exact" has not converged: relative residual {float(off):.1e}, wanted at most {allowed:.0e}; '
                 "lower beta, compute in float64, or check that the weights are normalised (normalize=True)",

@@ -23,13 +23,14 @@ def canonicalize(tables: Tables) -> tuple[str, ...] | None:
     paths = (tables,) if isinstance(tables, str) else tables
     if not isinstance(paths, (tuple, list)) or not all(isinstance(path, str) for path in paths):
         raise TypeError(f"tables must be a path such as 'item_embedding', a tuple of paths, or None, got {tables!r}")
-    paths = tuple(path.strip("/") for path in paths)
-    if not paths or "" in paths:
+    paths = tuple(paths)
+    stripped = {path.strip("/") for path in paths}
+    if not paths or "" in stripped:
         raise ValueError(
             f"tables must name at least one path and none may be empty, got {tables!r}; "
             "None stands for the only array of the tree"
         )
-    if len(set(paths)) < len(paths):
+    if len(stripped) < len(paths):
         raise ValueError(f"tables must name each path once, got {tables!r}")
     return paths
 
@@ -88,6 +89,10 @@ def find(
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = [_name(path) for path, _ in with_paths]
     leaves = [leaf for _, leaf in with_paths]
+    if not leaves:
+        raise ValueError(
+            "tables: no array is left for this transformation; optax.masked or optax.partition gave them all to others"
+        )
     if tables is None:
         if len(leaves) != 1:
             raise ValueError(
@@ -97,7 +102,8 @@ def find(
         return [0], leaves, names, treedef
     positions = []
     for path in tables:
-        matches = _matches(path, names) or _matches(path.removesuffix("/value"), names)
+        bare = path.strip("/")
+        matches = _matches(path, names) or _matches(bare, names) or _matches(bare.removesuffix("/value"), names)
         if len(matches) != 1:
             found = "matches no array" if not matches else f"matches {len(matches)} arrays"
             advice = "" if matches else f"{_suggest(names, leaves, num_nodes)}; "
@@ -143,6 +149,15 @@ def check_axis(axis: int, position: int, leaves: Sequence[Any], names: Sequence[
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
             f"node_axis={axis} is no axis of {label(names[position], names)} with shape {shape}; "
+            f"{_describe(names, leaves)}"
+        )
+
+
+def check_is_array(position: int, leaves: Sequence[Any], names: Sequence[str]) -> None:
+    """Checks that the leaf at ``position`` has a shape and a dtype."""
+    if not hasattr(leaves[position], "dtype"):
+        raise TypeError(
+            f"tables: {label(names[position], names)} must be an array, got {type(leaves[position]).__name__}; "
             f"{_describe(names, leaves)}"
         )
 

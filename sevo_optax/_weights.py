@@ -74,8 +74,8 @@ def first(mask: np.ndarray) -> int | None:
 def check_weight_dtype(dtype: Any, name: str) -> None:
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(
-            f"{name} has dtype {dtype}; weights must be real floating-point or integer numbers. "
-            f"Convert them, for example with {name}.astype(np.float32)."
+            f"{name} has dtype {dtype}; wanted real floating-point or integer numbers. Convert them"
+            + (f", for example with {name}.astype(np.float32)." if name.isidentifier() else " where they are made.")
         )
 
 
@@ -109,6 +109,7 @@ def _raw_csr(adjacency: Any, name: str) -> scipy.sparse.csr_array:
             f"{name} is a Shards, some rows of a graph at a time; wanted the whole graph. "
             "Shards are for sevo(..., graph_sharding=...) alone."
         )
+    refuse_masked(adjacency, name)
     known = isinstance(adjacency, jsparse.BCOO | jsparse.BCSR | np.ndarray | jax.Array)
     if not (known or scipy.sparse.issparse(adjacency)):
         raise TypeError(
@@ -292,7 +293,18 @@ def check_num_nodes(value: Any, name: str = "num_nodes") -> int:
     return number
 
 
+def _number(value: Any) -> Any:
+    """A number out of an array without axes, such as JAX's."""
+    return np.asarray(value)[()] if isinstance(value, jax.Array) and value.ndim == 0 and not is_traced(value) else value
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only when the program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
 def check_positive_int(value: Any, name: str) -> int:
+    value = _number(value)
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} is {value!r}; wanted a positive integer.")
     if value < 1:
@@ -307,14 +319,33 @@ def out_of_range(place: str, value: Any, bound: int, bound_name: str) -> str:
     )
 
 
+def refuse_masked(values: Any, name: str) -> None:
+    """Refuses what NumPy would read through its mask."""
+    if np.ma.is_masked(values):
+        raise ValueError(
+            f"{name} has masked entries, which would count as any other; leave them out, as .compressed() does, or "
+            "fill them with .filled(...)."
+        )
+
+
 def check_vector(values: Any, name: str) -> np.ndarray:
+    refuse_masked(values, name)
     try:
         array = np.asarray(values)
     except ValueError as error:
         raise ValueError(f"{name} is ragged; wanted one dimension.") from error
+    if array.dtype == object and array.ndim == 0:  # a generator, a set
+        raise TypeError(f"{name} is a {type(values).__name__}; wanted an array or a list.")
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}; wanted one dimension.")
     return array
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is None, NaN, or pandas' NA or NaT, which equal nothing and yet are one object each."""
+    if isinstance(value, float | np.floating):
+        return math.isnan(value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
 def check_ids(values: Any, bound: int, name: str, bound_name: str, row: int = 0, hint: str = "") -> np.ndarray:
@@ -325,12 +356,16 @@ def check_ids(values: Any, bound: int, name: str, bound_name: str, row: int = 0,
     if array.dtype.kind == "b":
         raise TypeError(f"{name} is a mask (dtype bool); wanted integers. Give np.flatnonzero of it. {hint}".rstrip())
     if array.dtype.kind not in "iu":
-        bad = 0
         if array.dtype.kind == "f":  # point at the fraction, if there is one
-            bad = first(~(array == np.floor(array))) or 0
+            unlike = ~(array == np.floor(array))
+        else:
+            unlike = np.array([isinstance(x, bool) or not isinstance(x, int | np.integer) for x in array])
+        bad = first(unlike) or 0
+        advice = "Convert the ids with astype(np.int64)."
+        if is_missing(array[bad]):
+            advice = "It is missing: leave such rows out, and convert the ids with astype(np.int64)."
         raise TypeError(
-            f"{name}[{row + bad}] is {array[bad]!r} (dtype {array.dtype}); wanted integers. "
-            f"Convert the ids with astype(np.int64). {hint}".rstrip()
+            f"{name}[{row + bad}] is {array[bad]!r} (dtype {array.dtype}); wanted integers. {advice} {hint}".rstrip()
         )
     if array.min() < 0 or array.max() >= bound:
         bad = int(np.argmax((array < 0) | (array >= bound)))
@@ -362,6 +397,7 @@ def check_same_length(**arrays: np.ndarray) -> None:
 
 
 def check_non_negative(value: Any, name: str) -> None:
+    value = _number(value)
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} is {value!r}; wanted a finite, non-negative number.")
     if not (math.isfinite(value) and value >= 0):

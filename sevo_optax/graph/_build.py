@@ -1,6 +1,5 @@
 """Graphs from what is known about the nodes: sequences, interactions, attributes."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from sevo_optax._weights import (
     check_positive_int,
     check_same_length,
     check_weights,
+    is_missing,
     raw_bcoo,
     to_bcoo,
 )
@@ -288,16 +288,9 @@ def _estimate_shared(incidence: scipy.sparse.csr_array, sharing: np.ndarray) -> 
     return max(int(np.mean(counts) * active.size), int(sharing.max(initial=0)) ** 2)
 
 
-def _is_missing(value: Any) -> bool:
-    """Whether a value is None, NaN, or pandas' NA or NaT, which equal nothing and yet are one object each."""
-    if isinstance(value, float | np.floating):
-        return math.isnan(value)
-    return value is None or type(value).__name__ in ("NAType", "NaTType")
-
-
 def _encode(attributes: Any) -> tuple[np.ndarray, Any]:
     """Numbers attributes in 0..len(distinct)-1; returns the codes and the distinct attributes."""
-    if isinstance(attributes, str | bytes | Mapping) or not isinstance(attributes, Iterable):
+    if isinstance(attributes, str | bytes | Mapping | set | frozenset) or not isinstance(attributes, Iterable):
         raise TypeError(f"attributes is a {type(attributes).__name__}; wanted one attribute for each of nodes.")
     # NumPy would turn a list of mixed types into strings, and tuples into a second dimension.
     values = np.asarray(attributes) if hasattr(attributes, "__array__") else list(attributes)
@@ -314,7 +307,7 @@ def _encode(attributes: Any) -> tuple[np.ndarray, Any]:
     numbers: dict[Any, int] = {}
     codes = np.empty(len(values), np.int64)
     for index, value in enumerate(values):
-        if _is_missing(value):
+        if is_missing(value):
             raise ValueError(
                 f"attributes[{index}] is {value}, a missing value, which nodes cannot share. Leave out such pairs."
             )

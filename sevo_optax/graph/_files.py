@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import zipfile
 from pathlib import Path
 
 import scipy.sparse
@@ -73,9 +74,12 @@ def load(path: str | os.PathLike[str]) -> jsparse.BCOO:
              [2., 0.]], dtype=float32)
     """
     with open(path, "rb") as file:
-        # The arrays are stored as they are, and twice as large in float64.
-        require_memory(2 * os.fstat(file.fileno()).st_size, f"reading {os.fspath(path)}", "Save a smaller graph.")
         try:
+            with zipfile.ZipFile(file) as archive:
+                size = sum(part.file_size for part in archive.infolist())
+            # What was float32 is twice as large in float64.
+            require_memory(2 * size, f"reading {os.fspath(path)}", "Save a smaller graph.")
+            file.seek(0)
             return raw_bcoo(symmetric_csr(scipy.sparse.load_npz(file)))
         except MemoryError:
             raise

@@ -17,7 +17,8 @@ from sevo_optax._weights import (
     check_positive_int,
     check_weight_dtype,
     first,
-    to_bcoo,
+    raw_bcoo,
+    refuse_masked,
 )
 from sevo_optax.graph import _matrices
 from sevo_optax.graph._matrices import mirror
@@ -105,7 +106,11 @@ def knn(
     k = check_positive_int(k, "k")
     check_choice(metric, _METRICS, "metric")
     check_choice(method, _METHODS, "method")
-    matrix = np.asarray(vectors)
+    refuse_masked(vectors, "vectors")
+    try:
+        matrix = np.asarray(vectors)
+    except ValueError as error:
+        raise ValueError("vectors is ragged; wanted (nodes, dim), one vector for each node.") from error
     check_weight_dtype(matrix.dtype, "vectors")
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"vectors has shape {matrix.shape}; wanted (nodes, dim), one vector for each node.")
@@ -138,7 +143,11 @@ def knn(
     if metric == "cosine":
         weight = np.minimum(weight, 1)  # rounding may exceed it
     directed = scipy.sparse.coo_array((weight, (ids[row], ids[column])), shape=(num_nodes,) * 2).tocsr()
-    return to_bcoo(mirror(directed, "min" if mutual else "max"))
+    graph = mirror(directed, "min" if mutual else "max")
+    try:
+        return raw_bcoo(graph)
+    except ValueError as error:
+        raise ValueError(f"vectors are too long or too short for metric={metric!r}, scale them: {error}") from error
 
 
 def _blocks(total: int, progress: Callable[[int, int], object] | None) -> Any:

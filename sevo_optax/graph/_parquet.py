@@ -217,7 +217,11 @@ def _parquet_files(path: Any) -> list[Path]:
             raise TypeError(f"path is {path!r}; wanted a parquet file, a folder or a list of files.")
         return [file for one in path for file in _parquet_files(os.fspath(one))]
     path = Path(path)
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        inside = sorted(path.rglob("*.parquet"))
+        # Folders may be called so, too; and what a job has not finished lies in folders such as _temporary.
+        files = [x for x in inside if x.is_file() and not any(y[0] in "_." for y in x.relative_to(path).parts)]
     if not files:
         raise FileNotFoundError(f"{path} holds no *.parquet file; wanted a file or a folder of some.")
     return files

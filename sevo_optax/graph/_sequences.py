@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sevo_optax._weights import check_ids, first, out_of_range
+from sevo_optax._weights import check_ids, first, out_of_range, refuse_masked
 
 
 def flatten(sequences: Any, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -44,6 +44,7 @@ def _as_row(row: Any, index: int) -> Sequence[int] | np.ndarray:
     if isinstance(row, list | tuple | range):
         return row
     if hasattr(row, "__array__"):
+        refuse_masked(row, f"sequences[{index}]")
         row = np.asarray(row)
         if row.ndim == 1:
             return row

@@ -3,6 +3,7 @@
 import re
 import sys
 import traceback
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.experimental import sparse
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sevo_optax import graph, sevo, sevo_adamw, smooth, smoothness, state_axes, with_graphs, without_graphs
+from sevo_optax import graph, propagate, sevo, sevo_adamw, smooth, smoothness, state_axes, with_graphs, without_graphs
 from tests.jax_names import set_mesh
 from tests.sevo_optax import reference
 
@@ -323,13 +324,43 @@ def check_a_traced_init_splits_the_graph():
 
 def check_inside_shard_map():
     mesh = mesh_of(AxisType.Explicit)
-    tx = sevo(WEIGHTS)
-    run = jax.shard_map(
-        lambda x, state: tx.update(x, state)[0], mesh=mesh, in_specs=(COLUMNS, P()), out_specs=COLUMNS, check_vma=False
-    )
-    x = place(X, AxisType.Explicit, COLUMNS)
-    state = jax.device_put(tx.init(X), NamedSharding(mesh, P()))
-    assert_close(jax.jit(run)(x, state), smooth(X, WEIGHTS))
+    for method in ("neumann", "iterative", "exact"):
+        for check_vma in (False, True):
+            tx = sevo(WEIGHTS, method=method, beta=0.9)
+            run = jax.shard_map(
+                lambda x, state, tx=tx: tx.update(x, state)[0],
+                mesh=mesh,
+                in_specs=(COLUMNS, P()),
+                out_specs=COLUMNS,
+                check_vma=check_vma,
+            )
+            x = place(X, AxisType.Explicit, COLUMNS)
+            state = jax.device_put(tx.init(X), NamedSharding(mesh, P()))
+            assert_close(jax.jit(run)(x, state), smooth(X, WEIGHTS, method=method, beta=0.9))
+
+
+def check_derivatives_inside_shard_map():
+    """Each device has weights or columns of its own: what is the same on all gets the sum of all derivatives."""
+    mesh = mesh_of(AxisType.Auto)
+
+    weights = graph.from_scipy(WEIGHTS)
+
+    def loss(data, x, scale=1.0):
+        return jnp.sum(jnp.sin(propagate(sparse.BCOO((scale * data, weights.indices), shape=weights.shape), x)))
+
+    def total(data, x, **specs):
+        part = jax.shard_map(lambda d, x: jax.lax.psum(loss(d, x), "a"), mesh=mesh, out_specs=P(), **specs)
+        return part(data, x)
+
+    each = jnp.concatenate([(i + 1) * weights.data for i in range(4)])
+    found = jax.jit(jax.grad(partial(total, in_specs=(P("a"), P())), argnums=1))(each, X)
+    assert_close(found, sum(jax.grad(loss, 1)(weights.data, X, i + 1.0) for i in range(4)))
+    found = jax.jit(jax.grad(partial(total, in_specs=(P(), COLUMNS))))(weights.data, X)
+    assert_close(found, jax.grad(loss)(weights.data, X))
+    # What differs between devices is not passed off as the same on all.
+    differing = jax.shard_map(loss, mesh=mesh, in_specs=(P("a"), P()), out_specs=P())
+    with pytest.raises(ValueError, match=r"out_specs|replicat"):
+        jax.jit(differing)(each, X)
 
 
 def main():

@@ -218,3 +218,8 @@ def test_state_is_laid_out_as_that_of_optax(rng):
     assert state._fields == theirs._fields == ("count", "mu", "nu")
     jax.tree.map(np.testing.assert_array_equal, tuple(state), tuple(theirs))
     assert jax.tree.map(lambda x: x.dtype, tuple(state)) == jax.tree.map(lambda x: x.dtype, tuple(theirs))
+
+
+def test_a_number_for_a_table_is_refused():
+    with pytest.raises(TypeError, match="tables: 't' must be an array, got float"):
+        adamw_corrected(1e-3, tables="t").init({"t": 1.0})

@@ -1217,3 +1217,69 @@ def test_movielens_genres():
     assert found.edges == (shared.sum() - len(masks)) // 2
     degree = np.bincount(np.asarray(weights.indices)[:, 0], minlength=3417)
     np.testing.assert_array_equal(degree[1:], shared.sum(1) - 1)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (
+            lambda: graph.cooccurrence(np.ma.masked_equal([[0, 0, 1, 2], [0, 1, 2, 3]], 0), 4),
+            ValueError,
+            r"sequences\[0\] has masked entries, .*\.compressed\(\)",
+        ),
+        (
+            lambda: graph.from_edges(np.ma.array([0, 1], mask=[0, 1]), [1, 2], num_nodes=3),
+            ValueError,
+            "sources has masked entries",
+        ),
+        (lambda: graph.from_scipy(np.ma.array(np.ones((3, 3)), mask=np.eye(3))), ValueError, "has masked entries"),
+        (lambda: graph.knn(np.ma.array(np.ones((3, 2)), mask=[[1, 0]] * 3), 1), ValueError, "vectors has masked"),
+        (
+            lambda: graph.from_edges(np.array([0, np.nan]), [1, 2], num_nodes=3),
+            TypeError,
+            r"sources\[1\] is .*nan.*It is missing: leave such rows out",
+        ),
+        (lambda: graph.from_edges([0, None], [1, 2], num_nodes=3), TypeError, r"sources\[1\] is None .*It is missing"),
+        (lambda: graph.from_edges(iter([0]), [1], num_nodes=3), TypeError, "sources is a list_iterator; wanted an arr"),
+        (lambda: graph.from_edges({0}, [1], num_nodes=3), TypeError, "sources is a set; wanted an array or a list"),
+        (
+            lambda: graph.shared_attributes([0, 1], {"a", "b"}, 2),
+            TypeError,
+            "attributes is a set; wanted one attribute",
+        ),
+        (lambda: graph.knn(np.ones((3, 2), bool), 1), TypeError, "vectors has dtype bool; wanted real floating"),
+        (lambda: graph.knn([[1, 2], [3]], 1), ValueError, "vectors is ragged"),
+        (
+            lambda: graph.knn(1e-25 * np.eye(3) + 1e-25, 1, metric="dot"),
+            ValueError,
+            "vectors are too long or too short",
+        ),
+    ],
+)
+def test_what_means_something_else_is_refused(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_numbers_may_be_scalars_of_jax():
+    weights = graph.from_edges([0], [1], num_nodes=jnp.int32(3))
+    assert weights.shape == (3, 3)
+    np.testing.assert_allclose(graph.combine([weights, weights], jnp.array([1.0, 2.0])).todense()[0, 1], 3)
+
+
+def test_parquet_folders_of_other_tools(tmp_path):
+    """A job that was interrupted leaves files in _temporary; one that wrote a table makes a folder of that name."""
+    for place in ("_temporary/0/part-0.parquet", ".staging/a.parquet", "edges.parquet/part-0.parquet"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        write(tmp_path / place, source=[0], target=[1], weight=[1.0])
+    np.testing.assert_array_equal(graph.from_parquet(tmp_path, num_nodes=2).todense(), [[0, 1], [1, 0]])
+
+
+def test_a_compressed_graph_counts_as_large_as_it_gets(tmp_path, monkeypatch):
+    wanted = []
+    monkeypatch.setattr(_files, "require_memory", lambda needed, *rest: wanted.append(needed))
+    path = scipy.sparse.diags_array([np.ones(9999)] * 2, offsets=[-1, 1], shape=(10_000, 10_000)).tocsr()
+    scipy.sparse.save_npz(tmp_path / "path.npz", path)
+    graph.load(tmp_path / "path.npz")
+    assert wanted[0] >= 2 * (path.data.nbytes + path.indices.nbytes + path.indptr.nbytes)
+    assert (tmp_path / "path.npz").stat().st_size * 4 < wanted[0]

@@ -537,3 +537,24 @@ def test_product_refuses_mixed_dtypes(weights):
     csr = _propagate.prepare(weights, np.float32, normalize=True)
     with pytest.raises(TypeError, match="one dtype, got data float32 and x bfloat16"):
         _propagate.propagate(csr, jnp.ones((30, 2), jnp.bfloat16))
+
+
+def test_narrow_indices_of_a_traced_graph():
+    """The number of nodes, 256, is one more than eight bits hold."""
+    weights = graph.from_edges(np.arange(200), np.arange(1, 201), num_nodes=256)
+    narrow = sparse.BCOO.fromdense(weights.todense(), index_dtype=jnp.uint8)
+    x = jnp.arange(256.0)[:, None]
+    np.testing.assert_allclose(jax.jit(propagate)(narrow, x), propagate(weights, x), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(smooth)(x, narrow), smooth(x, weights), rtol=1e-5)
+
+
+def test_a_beta_that_is_one_in_float32_is_refused(weights):
+    x = jnp.ones((weights.shape[0], 2), jnp.float32)
+    with pytest.raises(ValueError, match=r"got 0.999999999, in float32; take at most 0.99999988"):
+        smooth(x, weights, beta=1 - 1e-9, method="exact")
+
+
+def test_the_exact_form_of_nan_says_so(weights):
+    x = jnp.ones((weights.shape[0], 2)).at[0, 0].set(jnp.nan)
+    with pytest.warns(RuntimeWarning, match="x holds NaN or infinity"):
+        smooth(x, weights, method="exact")

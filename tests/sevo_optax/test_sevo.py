@@ -407,3 +407,29 @@ def test_signatures(function, signature):
         "b2": 0.999,
     }.items():
         assert defaults.get(name, value) == value
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "message"),
+    [
+        (lambda count: jnp.float32(1.0) + 0 * count, ValueError, r"beta must lie in \[0, 1\), got 1.0, in float32"),
+        (lambda count: jnp.array([0.1, 0.2]), TypeError, r"beta must be a number, got shape \(2,\); a schedule"),
+    ],
+)
+def test_what_a_schedule_must_not_return(weights, table, schedule, error, message):
+    tx = sevo(weights, beta=schedule)
+    with pytest.raises(error, match=message):
+        tx.update(table, tx.init(table))
+
+
+def test_a_tree_whose_arrays_are_all_of_others_says_so(weights, table):
+    params = {"table": table, "kernel": jnp.ones((3, 3))}
+    tx = optax.partition({"a": sevo(weights), "b": optax.adam(1e-3)}, {"table": "b", "kernel": "b"})
+    with pytest.raises(ValueError, match=r"no array is left for this transformation; optax.masked or optax.partition"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_a_name_that_begins_with_a_slash(weights, table):
+    params = {"/a": table, "b": jnp.ones(3)}
+    tx = sevo(weights, "/a")
+    np.testing.assert_allclose(tx.update(params, tx.init(params))[0]["/a"], smooth(table, weights), rtol=1e-6)
