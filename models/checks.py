@@ -5,6 +5,7 @@ import difflib
 import functools
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 LARGEST_FLOAT = 3.4028235e38  # of float32, which everything is computed in
 LARGEST_INT = 2**31 - 1  # of int32; random keys repeat themselves beyond 32 bits
 LONGEST_VALUE = 60  # of one in an error
+LONGEST_REASON = 200  # of an error in another one
 QUANTILES = (0.8, 0.9)
 SAMPLED_LOSSES = ("sampled-softmax", "gbce")
 # The losses that heed an option.
@@ -327,6 +329,16 @@ def near(name: str, known: Sequence[str], most: int = 1) -> str:
     """
     *others, last = difflib.get_close_matches(name, known, n=most) or [""]
     return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?" if last else ""
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of what an error says, without colours, cut where it is too long for a line.
+
+    >>> first_line(ValueError("no such column\nthe table has: a, b")), first_line(KeyError())
+    ('no such column', 'KeyError')
+    """
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return (lines or [type(error).__name__])[0][:LONGEST_REASON].rstrip(".")
 
 
 def shortened(value: Any) -> str:

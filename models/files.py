@@ -62,6 +62,25 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_partial(folder: Path) -> None:
+    """Removes files that processes were writing in a folder when they were killed, and none that one still writes."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        number = path.name.removeprefix(PARTIAL).partition("-")[0]
+        if not number.isdecimal() or not _is_alive(int(number)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's, or the number is none
+        return True
+    return True
+
+
 def _is_special(path: Path) -> bool:
     """Whether there is something at ``path`` that is written to, not replaced."""
     place = os.path.abspath(path)

@@ -23,6 +23,8 @@ WIDTHS_A_BLOCK = 12
 STATES_A_TOKEN = 5
 # Bytes an interaction: packed for training, and in two evaluations as a history and as what is not ranked.
 INTERACTION = 56
+# Bytes a neighbour of an item: its number and similarity, as they are found, and as they are kept, in NumPy and in JAX.
+NEIGHBOR = 28
 # Users scored at once in evaluations.
 USERS_AT_ONCE = 256
 NUMBER = 4  # bytes of a float32 or int32
@@ -57,6 +59,8 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
     """
     from models.architectures.registry import model_class
 
+    model = model_class(config.model)
+
     def option(name: str) -> int:
         return getattr(config, name, None) or 0
 
@@ -73,9 +77,24 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
         prefixes = min(config.batch_size, len(interactions))
         tokens = prefixes * longest if config.separate_prefixes else max(longest, prefixes)
     hidden, recurrent = option("hidden_dim"), option("num_gru_layers")
-    stored = COPIES * NUMBER
+    stored, tables = COPIES * NUMBER, model.item_tables
+    of_data = [
+        Need(f"the scores of {USERS_AT_ONCE} users for {items:,} items", NUMBER * KEPT * USERS_AT_ONCE * items, "data"),
+        Need(f"{len(interactions):,} interactions, packed and as histories", INTERACTION * len(interactions), "data"),
+        Need(
+            f"lists of up to {max(config.ks):,} items for {interactions.num_users:,} users",
+            NUMBER * min(max(config.ks), items) * interactions.num_users,
+            "ks",
+        ),
+    ]
+    if model.feed == "none":
+        neighbors = min(option("num_neighbors"), items)
+        what = f"{neighbors:,} neighbours of each of {items:,} items"
+        return [*of_data, Need(what, NEIGHBOR * neighbors * items, "num_neighbors")] if neighbors else of_data
+    each = f"{tables} tables of " if tables > 1 else ""
+    what = f"the embeddings of {items:,} items, {each}{dim:,} numbers each"
     needs = [
-        Need(f"the embeddings of {items:,} items, {dim:,} numbers each", stored * (items + 2) * dim, "embedding_dim"),
+        Need(what, stored * tables * (items + 2) * dim, "embedding_dim"),
         Need(
             f"the embeddings of {max_length:,} positions, {dim:,} numbers each", stored * max_length * dim, "max_length"
         ),
@@ -94,15 +113,14 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
             NUMBER * KEPT * blocks * tokens * longest * option("num_heads"),
             _largest(**in_batch, num_blocks=blocks, num_heads=option("num_heads")),
         ),
-        Need(f"the scores of {USERS_AT_ONCE} users for {items:,} items", NUMBER * KEPT * USERS_AT_ONCE * items, "data"),
-        Need(f"{len(interactions):,} interactions, packed and as histories", INTERACTION * len(interactions), "data"),
         Need(
-            f"lists of up to {max(config.ks):,} items for {interactions.num_users:,} users",
-            NUMBER * min(max(config.ks), items) * interactions.num_users,
-            "ks",
+            f"the vectors of {interactions.num_users:,} users to evaluate, {dim:,} numbers each",
+            2 * NUMBER * interactions.num_users * dim,
+            "embedding_dim",
         ),
+        *of_data,
     ]
-    if model_class(config.model).query == "user":
+    if model.query == "user":
         what = f"the embeddings of {interactions.num_users:,} users, {dim:,} numbers each"
         needs.append(Need(what, stored * interactions.num_users * dim, "embedding_dim"))
     if recurrent:
@@ -146,7 +164,7 @@ def check_memory(needs: Sequence[Need], config: Any, *, room: int | None = None,
         return
     largest = max(needs, key=lambda need: need.size)
     value = getattr(config, largest.option)
-    value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    value = " ".join(map(str, value)) if isinstance(value, tuple) else "embedded" if value is None else value
     raise OutOfMemoryError(
         f"{largest.option} {value}: training needs about {in_words(total)} of memory, and there are {in_words(room)}; "
         f"{in_words(largest.size)} are for {largest.what}; "

@@ -92,6 +92,8 @@ class Recommender(nnx.Module):
     """Whether every training token predicts the item behind it; otherwise :meth:`training_batch` makes the targets."""
     num_special: ClassVar[int] = 1
     """Rows of the item tables that are no items: row 0, and any behind the last item."""
+    item_tables: ClassVar[int] = 1
+    """Trained tables with a row for each item, as wide as the embeddings."""
     undecayed: ClassVar[frozenset[str]] = frozenset()
     """Names of the parameters that weight decay leaves alone, in whichever layer, such as ``bias``."""
 

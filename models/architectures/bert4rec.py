@@ -137,6 +137,7 @@ class BERT4Rec(SequenceRecommender):
     config_class = BERT4RecConfig
     predicts_next = False
     num_special = 2
+    item_tables = 2
 
     def __init__(
         self,

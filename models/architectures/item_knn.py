@@ -87,6 +87,7 @@ class ItemKNN(Recommender):
     """
 
     config_class = ItemKNNConfig
+    item_tables = 0
     feed = "none"
 
     def __init__(self, num_items: int, *, num_neighbors: int = 100, max_length: int = 50) -> None:

@@ -38,6 +38,7 @@ class Popularity(Recommender):
     """
 
     config_class = PopularityConfig
+    item_tables = 0
     feed = "none"
 
     def __init__(self, num_items: int) -> None:

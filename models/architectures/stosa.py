@@ -279,6 +279,7 @@ class STOSA(Recommender):
     """
 
     config_class = STOSAConfig
+    item_tables = 2
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # JAX is imported by the commands themselves, so that --help and a mistyped option answer at once.
 
-USERS_AT_ONCE = 8192
+USERS_READ_AT_ONCE = 8192
 SHOWN = 5
 ITEM_COLUMNS = ("rank", "item", "score")
 LEAST_TO_SPLIT = 3
@@ -188,6 +188,8 @@ class Evaluate:
     """A .json to write the result to."""
     reading: tyro.conf.OmitArgPrefixes[ReadingConfig] = dataclasses.field(default_factory=ReadingConfig)
     """How the data are read (left out: as in the run, unless --data is given)."""
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """The options that the command line itself sets."""
 
     def run(self) -> None:
         """Tests, and prints the metrics and how they came about."""
@@ -254,7 +256,8 @@ class Evaluate:
         """The run's configuration with what this command's options say otherwise."""
         usual = dataclasses.asdict(ReadingConfig())
         reading = {} if self.data is None else usual
-        reading |= {name: value for name, value in dataclasses.asdict(self.reading).items() if value != usual[name]}
+        own = dataclasses.asdict(self.reading)
+        reading |= {name: value for name, value in own.items() if name in self.given or value != usual[name]}
         names = ("data", "cache_dir", "duplicates", "min_user_interactions", "min_item_interactions", "ks")
         names += ("split", "split_quantiles", "split_times")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -358,7 +361,7 @@ def _recommend_to_all(
 ) -> Iterator[Found]:
     """Recommends to some users at a time: what is found for a large file never exists whole."""
     pairs = zip(interactions.user_ids.tolist(), interactions, strict=True)
-    while group := list(itertools.islice(pairs, USERS_AT_ONCE)):
+    while group := list(itertools.islice(pairs, USERS_READ_AT_ONCE)):
         histories = [interactions.item_ids[items] for _, items in group]
         mine = None if candidates is None else [candidates.get(str(user), []) for user, _ in group]
         yield from zip([user for user, _ in group], recommend(histories, candidates=mine), strict=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import importlib.metadata
 import itertools
 import operator
 import os
@@ -298,12 +299,11 @@ class Graph(GraphConfig, SourceConfig):
         check_numbers(self)
         check_split(self)
         check_graph(self)
-        if self.part == "all" and self.cold_items:
-            raise ValueError(
-                f"cold_items is not heeded with part all, got {self.cold_items}; leave it out or give --part train"
-            )
-        if self.part == "all" and self.split != "leave-one-out":
-            raise ValueError(f"split is not heeded with part all, got {self.split}; leave it out or give --part train")
+        without = "part all" if self.part == "all" else f"graph {' '.join(self.graph)}"
+        if self.part == "all" or set(self.graph) <= {"attributes", "knn"}:  # of no interactions at all
+            for name, usual in [("cold_items", 0), ("split", "leave-one-out")]:
+                if (value := getattr(self, name)) != usual:
+                    raise ValueError(f"{name} is not heeded with {without}, got {value}; leave it out")
         check_heeded([self], _given(self))
         from models import graphs
         from models.data import split_interactions
@@ -453,10 +453,10 @@ def _for_model(command: type[RunOptions], config_class: type[TrainConfig], defau
 
 def _commands(arguments: Sequence[str], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The commands by name, and their defaults. Those that train have the options of the model that is asked for."""
-    from models.architectures.registry import DEFAULT, model_class
-
     commands: dict[str, tuple[Any, Any]] = {name: (command, None) for name, command in COMMANDS.items()}
     if arguments and arguments[0] in TRAINING:
+        from models.architectures.registry import DEFAULT, model_class
+
         model = _option(arguments, "--model") or preset.get("model", DEFAULT)
         if model != preset.get("model", model):
             raise ValueError(f"model: the preset is for {preset['model']}, got {model}; leave one of them out")
@@ -507,9 +507,7 @@ def _refuse_empty_paths(arguments: Sequence[str]) -> None:
 
 
 def _version() -> str:
-    from sevo_optax import __version__
-
-    return f"sevo-optax {__version__}"
+    return f"sevo-optax {importlib.metadata.version('sevo-optax')}"
 
 
 def _printable() -> None:

@@ -32,10 +32,12 @@ def parse(parser: Any, arguments: Sequence[str], *, commands: Mapping[str, Any],
     command = arguments[0] if arguments and arguments[0] in commands else None
 
     def refuse(event: _errors.ParseErrorEvent) -> NoReturn:
-        raise ValueError(f"{_reason(event, arguments, commands, command)}; see {help_of}")
+        raise ValueError(f"{_refusal(event, arguments, commands, command)}; see {help_of}")
 
     help_of = " ".join([prog, *([command] if command else []), "--help"])
     check_text(arguments)
+    if command is not None:
+        _refuse_repeated(arguments, list(_options(commands[command])))
     with _errors.on_parse_error(refuse):
         return tyro.cli(parser, prog=prog, args=list(arguments), description=description)
 
@@ -52,13 +54,25 @@ def given(arguments: Sequence[str], command: Any) -> tuple[str, ...]:
       >>> given(["train", "--beta=0.5", "--no-rescale", "--num_layers", "3"], TrainConfig)
       ('beta', 'rescale', 'num_layers')
     """
-    options = {f"--{field.name.replace('_', '-')}": field.name for field in dataclasses.fields(command)}
+    options = {option: option.removeprefix("--").replace("-", "_") for option in _options(command)}
     known = {option.replace("--", "--no-", 1): name for option, name in options.items()} | options
     names = (known.get(argument.partition("=")[0].replace("_", "-")) for argument in arguments)
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
-def _reason(
+def _refuse_repeated(arguments: Sequence[str], options: Sequence[str]) -> None:
+    """Refuses an option that stands twice, of which the parser would drop the first without a word."""
+    positive = {option.replace("--", "--no-", 1): option for option in options} | {option: option for option in options}
+    seen = set()
+    for argument in arguments:
+        option = positive.get(argument.partition("=")[0].replace("_", "-"))
+        if option in seen:
+            raise ValueError(f"{option} stands twice; give it once, with all of its values behind it")
+        if option is not None:
+            seen.add(option)
+
+
+def _refusal(
     event: _errors.ParseErrorEvent, arguments: Sequence[str], commands: Mapping[str, Any], command: str | None
 ) -> str:
     """Why a command line is refused."""

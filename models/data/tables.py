@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from models.checks import shortened
+from models.checks import first_line, shortened
 
 if TYPE_CHECKING:
     import polars
@@ -277,7 +277,7 @@ class _Text(Table):
         except csv.Error:
             pass  # what polars says is at least as good
         return ValueError(
-            f"{self.source} cannot be read as a table ({_reason(error)}); check its quotes and separators"
+            f"{self.source} cannot be read as a table ({first_line(error)}); check its quotes and separators"
         )
 
 
@@ -352,7 +352,7 @@ class _Parquet(Table):
         return self._file.open("rb") if isinstance(self._file, Path) else io.BytesIO(self._file)
 
     def _damaged(self, error: BaseException) -> ValueError:
-        return ValueError(f"{self.source} cannot be read as parquet ({_reason(error)}); get or write the file again")
+        return ValueError(f"{self.source} cannot be read as parquet ({first_line(error)}); get or write the file again")
 
 
 @contextlib.contextmanager
@@ -464,7 +464,3 @@ def _regrouped(parts: "polars.Series", lengths: list[int | None]) -> "polars.Ser
     remaining = iter(parts.to_list())
     lists = [None if length is None else list(itertools.islice(remaining, length)) for length in lengths]
     return polars.Series(parts.name, lists, dtype=polars.List(polars.String))
-
-
-def _reason(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

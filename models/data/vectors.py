@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.checks import first_line
 from models.data.ids import ids_from_arrays, ids_to_arrays, item_numbers
 from models.files import write_bytes
 
@@ -74,7 +75,7 @@ def read_item_vectors(path: Path, item_ids: np.ndarray) -> tuple[np.ndarray, np.
     except KeyError as error:
         raise ValueError(f"vectors: {path} lacks an array ({str(error).strip(chr(34))}); {WANTED}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "pickle" in reason:
             reason = "an array of Python objects, or no file of NumPy's; write text ids with dtype str"
         raise ValueError(f"vectors: {path} cannot be read ({reason}); {WANTED}") from None

@@ -59,6 +59,7 @@ class Reproduce:
     def run(self) -> None:
         """Trains what is missing, unless only the report is asked for, and writes the report."""
         check_numbers(self)
+        self._check_heeded()
         from models.reproduce.tables import bundled_tables, load_table
 
         if self.table is not None and self.figure is not None:
@@ -86,6 +87,19 @@ class Reproduce:
 
         for path in write_report(self.results_dir, tables):
             print(path)
+
+    def _check_heeded(self) -> None:
+        """Refuses options that what is asked for does not heed."""
+        modes = [name for name in ("list", "dry_run", "report") if getattr(self, name)]
+        if len(modes) > 1:
+            raise ValueError(f"{' and '.join(modes)} exclude each other; give one of them")
+        heeded = {"list": {"seeds"}, "report": set[str]()}.get(modes[0] if modes else "")
+        if heeded is None:
+            return
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in {*modes, "table", "figure", "results_dir", *heeded} and value != field.default:
+                raise ValueError(f"{field.name} is not heeded with {modes[0]}, got {value}; leave it out")
 
     def _list(self, tables: "Sequence[Table]") -> None:
         from models.reproduce.cells import Cells

@@ -15,7 +15,7 @@ from models.files import write_text
 from models.reproduce.cells import Cell, Cells
 from models.reproduce.claims import claim_lines
 from models.reproduce.pictures import draw_curves, draw_table, draw_who_gains, smoothness_lines
-from models.reproduce.status import duration, seconds_of
+from models.reproduce.status import rough_duration, seconds_of
 from models.reproduce.summaries import RowCells, TableCells, average_gains, comparable_rows, with_common_seeds
 from models.reproduce.tables import METRICS, PLAIN, Measured, Published, Table, table_names
 from models.training.time_to_quality import MEASURES, time_to_quality
@@ -294,7 +294,7 @@ def not_run(found: TableCells, cells: Sequence[Cell]) -> list[str]:
             seconds = [seconds_of(group, group.config().epochs, cells, device) for group in row.missing]
             known = [x for x in seconds if x is not None]
             some = "" if len(known) == len(seconds) else f" for {len(known)} of {len(seconds)} runs"
-            took = f" (about {duration(sum(known))} a seed{some}, on {device})" if known else ""
+            took = f" (about {rough_duration(sum(known))} a seed{some}, on {device})" if known else ""
             lines.append(f"{row.row.title}{which}{took}")
     return lines
 

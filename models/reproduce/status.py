@@ -92,14 +92,14 @@ def dry_run(jobs: Sequence[Job], cells: Cells, device: str, workers: int) -> str
         else:
             known += seconds * len(missing)
         seeds = ", ".join(str(job.config.seed) for job in missing)
-        lines.append([name, seeds, str(epochs), "unknown" if seconds is None else duration(seconds)])
+        lines.append([name, seeds, str(epochs), "unknown" if seconds is None else rough_duration(seconds)])
     if not lines:
         return "nothing is missing"
     header = ["missing", "seeds", "epochs", "each about"]
     text = tabulate(lines, header, tablefmt="plain", disable_numparse=True, colalign=["left", "left", "right", "right"])
-    side_by_side = f", {workers} side by side: {duration(known / workers)}" if workers > 1 else ""
+    side_by_side = f", {workers} side by side: {rough_duration(known / workers)}" if workers > 1 else ""
     rest = f"; and {unknown} of which the time is not known" if unknown else ""
-    return f"{text}\n\n{len(jobs) - unknown} runs, about {duration(known)}{side_by_side}{rest}"
+    return f"{text}\n\n{len(jobs) - unknown} runs, about {rough_duration(known)}{side_by_side}{rest}"
 
 
 def dry_run_costs(jobs: Sequence[CostsJob], cells: Cells, device: str) -> str:
@@ -111,16 +111,16 @@ def dry_run_costs(jobs: Sequence[CostsJob], cells: Cells, device: str) -> str:
     for job in jobs:
         seconds = [seconds_of(group, ROUNDS + 1, everything, device) for group in job.row.groups]
         known = [x for x in seconds if x is not None]
-        about = duration(sum(known)) if len(known) == len(seconds) else "unknown"
+        about = rough_duration(sum(known)) if len(known) == len(seconds) else "unknown"
         lines.append([job.row.name, ", ".join(job.configs), about])
     header = ["to measure", "optimizers", "about"]
     return tabulate(lines, header, tablefmt="plain", disable_numparse=True, colalign=["left", "left", "right"])
 
 
-def duration(seconds: float) -> str:
+def rough_duration(seconds: float) -> str:
     """Seconds in a unit that suits them.
 
-    >>> duration(42), duration(500), duration(9000)
+    >>> rough_duration(42), rough_duration(500), rough_duration(9000)
     ('42 s', '8 min', '2.5 h')
     """
     if seconds < 100:

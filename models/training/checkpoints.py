@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from models.architectures.base import Recommender
 from models.architectures.registry import config_from_dict, make_model, model_class
+from models.checks import first_line
 from models.config import GRAPH_FILES, Optimizer, SplitMethod, TrainConfig
 from models.data import Interactions, ids_from_arrays, ids_to_arrays
 from models.files import check_format, read_json, write_bytes, write_json
@@ -193,6 +194,8 @@ class RunInfo:
             ours, theirs = getattr(self.config, field.name), getattr(other.config, field.name)
             if field.name in GRAPH_FILES and self.graph and other.graph and ours and theirs:
                 ours, theirs = ours.name, theirs.name  # wherever they lie: what is in them is compared below
+            if field.name == "graph" and self.graph and other.graph:
+                ours, theirs = (tuple(Path(name).name for name in names) for names in (ours, theirs))
             if field.name not in may_differ and ours != theirs:
                 raise CheckpointError(
                     f"{directory} was trained with {field.name}={theirs}, not {ours}; "
@@ -256,16 +259,11 @@ def read_item_ids(directory: Path, info: RunInfo) -> np.ndarray:
     try:
         item_ids = ids_from_arrays(beside.read_arrays(file))
     except Exception as error:  # whatever is wrong with a zip file, each part of its reader says it in its own way
-        raise CheckpointError(f"{file} cannot be read ({_reason(error)}); train again") from None
+        raise CheckpointError(f"{file} cannot be read ({first_line(error)}); train again") from None
     foreign = info.items and _short_digest(_joined(item_ids)) != info.items
     if item_ids.shape != (info.num_items + 1,) or foreign:
         raise CheckpointError(f"{file} belongs to another run than {directory / 'run.json'}; put its own back")
     return item_ids
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def flatten(tree: Any, prefix: str, read: Callable[[Any], Any] = np.asarray) -> dict[str, Any]:
@@ -582,7 +580,7 @@ def _system_reason(error: Exception) -> str:
     found = [reason for reason in known if reason in str(error)]
     if found:
         return found[0]
-    return "files of it are missing" if str(error).startswith("NOT_FOUND") else _reason(error)
+    return "files of it are missing" if str(error).startswith("NOT_FOUND") else first_line(error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -634,7 +632,9 @@ def load_run(directory: Path, which: Which = "best") -> LoadedRun:
     try:
         graphdef, params = nnx.split(nnx.eval_shape(make))  # shapes alone: the values are in the checkpoint
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"{directory / 'run.json'} describes no model ({_reason(error)}); train again") from None
+        raise CheckpointError(
+            f"{directory / 'run.json'} describes no model ({first_line(error)}); train again"
+        ) from None
     try:
         params = unflatten(checkpoint.leaves, params, which)
     except CheckpointError as error:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
+from models.checks import first_line
 from models.config import Logger
 from models.files import read_json, write_json
 from models.training.files import LOGGERS, TENSORBOARD
@@ -108,7 +109,9 @@ class Loggers:
                 self._active[name] = logger
             except Exception as error:  # each has errors of its own
                 self.close("failed")
-                raise ValueError(f"logger {name} cannot be used: {_reason(error)}; leave it out, or mend it") from error
+                raise ValueError(
+                    f"logger {name} cannot be used: {first_line(error)}; leave it out, or mend it"
+                ) from error
         named = {name: logger.id for name, logger in self._active.items() if logger.id is not None}
         if named:
             # Names of loggers that are not asked for this time are kept for the next.
@@ -131,7 +134,7 @@ class Loggers:
                     call(logger)
             except Exception as error:  # of a network or a disk: hours of training do not end for that
                 del self._active[name]
-                text = f"logger {name} is given up: {_reason(error)}; the run's folder has all that it does not"
+                text = f"logger {name} is given up: {first_line(error)}; the run's folder has all that it does not"
                 tqdm.write(text, file=sys.stderr)
 
     def _known(self) -> dict[str, str]:
@@ -146,12 +149,6 @@ def _own_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
 
 
 def _title(directory: Path) -> str:

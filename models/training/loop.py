@@ -232,7 +232,7 @@ class _Group:
                 "epoch": epoch,
                 "loss": float(losses[i].mean()),
                 "seconds": round(seconds, 4),
-                "tokens_per_second": round(tokens / seconds),
+                "tokens_per_second": round(prepared.num_tokens / seconds),  # of this run alone
             }
             if epoch in config.keep_epochs:
                 run.keep(epoch, program.item_table(program.params_of(i) if params is None else params))

@@ -17,7 +17,17 @@ import numpy as np
 from models.architectures.registry import model_class
 from models.config import GRAPH_FILES, SELECTION, Optimizer, TrainConfig
 from models.evaluation.groups import Groups, summarize_groups
-from models.files import LOCK, PARTIAL, append_text, check_format, claim, read_json, write_bytes, write_json, write_text
+from models.files import (
+    LOCK,
+    append_text,
+    check_format,
+    claim,
+    read_json,
+    remove_partial,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from models.processes import check_same, is_first, num_processes, on_first, program_digest, wait_for_all
 from models.training import beside
 from models.training.files import EMBEDDINGS, LOGGERS, TENSORBOARD, curve, read_history
@@ -186,12 +196,15 @@ class Run:
         """Looks at the folder and changes nothing: what ``open`` would refuse is refused hours earlier.
 
         Raises:
-          CheckpointError: as ``open`` does, unless it is another process that is in the way, or no checkpoint can be
-            read.
+          CheckpointError: as ``open`` does, unless no checkpoint can be read, or a run that goes on is another
+            process's at the moment.
           ValueError: as ``open`` does.
         """
         if self.directory is not None:
             self._found(resume=resume, overwrite=overwrite)
+            if overwrite and (self.directory / LOCK).exists():
+                with self._claims:
+                    on_first(self._claim)
 
     def _found(self, *, resume: bool, overwrite: bool) -> "tuple[RunInfo, Result | None] | None":
         """What the run is that goes on from the one here, and its result, if that is finished; None: it starts anew.
@@ -326,10 +339,9 @@ class Run:
 
     def _take_possession(self) -> None:
         for folder in (self.directory, self.directory / EMBEDDINGS):
-            for path in folder.glob(f"{PARTIAL}*"):  # of a process that was killed
-                path.unlink()
+            remove_partial(folder)
         # run.json is replaced: a folder without it holds no run. What another model has left beside it need not be.
-        others = () if self.continues else (beside.CONTEXT, beside.USERS)
+        others = () if self.continues else ("items.npz", beside.CONTEXT, beside.USERS)
         for name in ("result.json", "curve.png", "per_user.csv", *others):
             (self.directory / name).unlink(missing_ok=True)
         self.checkpoints.remove_after(self.saved)

@@ -253,6 +253,8 @@ class _Search:
             if (folder / "run.json").exists():
                 raise
             state, reason = "refused", str(error)
+            if self.outcomes and all((x.state, x.reason) == (state, reason) for x in self.outcomes):
+                raise ValueError(f"every trial so far was refused: {error}") from None  # it is not the settings
         outcome = Outcome(number, state, _plain(settings), value, _points(folder), reason)
         # First what came of it: a trial with an outcome is a finished one, whatever happens before optuna knows.
         trial.set_user_attr("outcome", dataclasses.asdict(outcome))

@@ -203,6 +203,19 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["train", "--split-times", "2020"], "--split-times must be 2 texts, got '2020'"),
         (["reproduce", "--seeds", str(2**31)], "seeds must be at most 2147483647"),
         (["reproduce", "--models", "x"], "models must be among bert4rec"),
+        (
+            ["train", "--where", "a=1", "--beta", "0.5", "--where=a=2"],
+            "--where stands twice; give it once, with all of",
+        ),
+        (["train", "--preset", "sasrec-beauty", "--preset", "sasrec-ml-1m"], "--preset stands twice"),
+        (["train", "--rescale", "--no-rescale"], "--rescale stands twice"),
+        (["reproduce", "--report", "--dry-run"], "dry_run and report exclude each other; give one of them"),
+        (["reproduce", "--report", "--epochs", "3"], "epochs is not heeded with report, got 3; leave it out"),
+        (["reproduce", "--list", "--models", "x"], "models is not heeded with list, got ('x',); leave it out"),
+        (
+            ["graph", "--graph", "attributes", "--attributes", "a.csv", "--cold-items", "0.5"],
+            "cold_items is not heeded with graph attributes, got 0.5; leave it out",
+        ),
         (["evaluate"], "--checkpoint must be given; see python -m models evaluate --help"),
         (["train", "--user-column", "\udcff"], "--user-column must be text in UTF-8, got '\\udcff'"),
         (["train", "--data=a\0b"], "--data must not hold a NUL character, got '--data=a\\x00b'"),
@@ -680,3 +693,26 @@ def test_a_graph_without_entries_is_told(tmp_path, capsys):
     config = make_config(optimizer="sevo-adamw", graph_max_length=1)
     commands._prepare(config, tmp_path / "run")
     assert "warning: the graph has no entries: nothing is smoothed, only made smaller\n" in capsys.readouterr().err
+
+
+def test_help_needs_no_jax():
+    """A second, not ten: what a command imports, its --help does not."""
+    code = "import sys; from models.__main__ import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += (
+        "heavy = {'jax', 'flax', 'scipy', 'polars', 'matplotlib', 'orbax'} & set(sys.modules); assert not heavy, heavy"
+    )
+    for arguments in (["recommend", "--help"], ["evaluate", "--ks", "x"], ["--version"], ["--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_evaluate_reads_as_the_command_line_says(data, tmp_path, capsys):
+    """Also where that is the usual way, and the run's was another."""
+    table = tmp_path / "plain.csv"
+    table.write_text("".join(f"{user},{(user + step) % 7}\n" for user in range(20) for step in range(5)))
+    folder = tmp_path / "run"
+    assert main(["train", "--data", str(table), "--no-header", "--epochs", "1", "--output-dir", str(folder)]) == 0
+    assert main(["evaluate", "--checkpoint", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", str(folder), "--header"]) == 2
+    assert "column" in capsys.readouterr().err

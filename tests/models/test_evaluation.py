@@ -194,3 +194,26 @@ def test_one_vector_a_user_is_kept(split):
     for user, sequence in enumerate(split.test_history):
         alone_ = np.asarray(model(alone(sequence[-8:], 8)))[0, min(len(sequence), 8) - 1]
         np.testing.assert_allclose(vectors[user], alone_, rtol=1e-5, atol=1e-6)
+
+
+def test_histories_keep_little_beside_the_users_vectors():
+    """Rows of many short histories do not all stand in the last batch, whose users all batches would have room for."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.geometric(1 / 9, 5000), 50)
+    data = Interactions.from_sequences([rng.integers(1, 100, n).tolist() for n in lengths], 100)
+    histories = Histories.from_interactions(data, model=SASRec, max_length=50, batch_size=128)
+    assert histories.newest.size < 1.5 * data.num_users
+    users = np.asarray(histories.packed.user)
+    found = np.empty(data.num_users, np.int64)
+    for index in range(histories.packed.num_batches):
+        batch = histories.packed.batch(index)
+        places = np.asarray(histories.newest[index])
+        found_here = np.asarray(batch.users).ravel()[places]
+        inputs = np.asarray(batch.inputs).ravel()[places]
+        mine = np.arange(len(places)) + index * len(places)
+        for user in np.flatnonzero((np.asarray(histories.place) // len(places)) == index):
+            column = int(np.flatnonzero(mine == int(histories.place[user]))[0])
+            assert found_here[column] == user
+            found[user] = inputs[column]
+    assert sorted(users.tolist()) == list(range(data.num_users))
+    np.testing.assert_array_equal(found, data.items[data.offsets[1:] - 1])

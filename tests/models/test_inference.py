@@ -314,7 +314,7 @@ def test_recommend_prints_a_table(sasrec, recommender, tmp_path, capsys):
 
 
 def test_recommend_to_every_user_of_a_file(sasrec, recommender, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("models.cli.commands.USERS_AT_ONCE", 2)
+    monkeypatch.setattr("models.cli.commands.USERS_READ_AT_ONCE", 2)
     data = tmp_path / "histories.csv"
     rows = [("ann", "item 2", 2), ("bob", "x", 1), ("ann", "item 1", 1), ("cid", "item 5", 1), ("cid", "y", 1)]
     data.write_text("who,what,when\n" + "".join(f"{user},{item},{time}\n" for user, item, time in rows))

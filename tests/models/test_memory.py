@@ -8,7 +8,7 @@ from flax import nnx
 
 from models import memory
 from models.__main__ import main
-from models.architectures.registry import make_config, make_model
+from models.architectures.registry import MODELS, make_config, make_model, model_class
 from models.data import Interactions
 from models.memory import COPIES, Need, OutOfMemoryError, check_memory, out_of_memory_told, training_needs
 from models.training import loop
@@ -25,6 +25,25 @@ def test_the_estimate_covers_the_parameters_and_not_much_more(model, sizes):
     real = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(built, nnx.Param)))
     estimated = sum(need.size for need in training_needs(config, DATA)[:3]) / (4 * COPIES)
     assert 0.8 * real < estimated < 2.5 * real
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_table_of_items_counts(model):
+    config = make_config(model)
+    built = nnx.eval_shape(lambda: make_model(config, num_users=7, num_items=5000, seed=0))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(nnx.state(built, nnx.Param))]
+    assert sum(len(shape) == 2 and shape[0] >= 5000 for shape in shapes) == model_class(model).item_tables
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [("popularity", "embedded: training .*; take fewer"), ("item-knn", "lower --num-neighbors")]
+)
+def test_closed_forms_have_no_embeddings(model, message):
+    many = Interactions.from_sequences([[1, 2, 3]], 10**6)
+    needs = training_needs(make_config(model, **({"num_neighbors": 10**5} if model == "item-knn" else {})), many)
+    assert not any("embeddings" in need.what for need in needs)
+    with pytest.raises(OutOfMemoryError, match=message):
+        check_memory(needs, make_config(model), room=2**20)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,10 @@ def write_cells(experiment, group, scores):
 
 
 def reproduce(**options):
-    Reproduce(**{"table": "tiny.yaml", "data_dir": Path(), "seeds": 2, "workers": 1} | options).run()
+    usual = {"data_dir": Path(), "seeds": 2, "workers": 1}
+    if options.get("report") or options.get("list"):
+        usual = {"seeds": 2} if options.get("list") else {}
+    Reproduce(**{"table": "tiny.yaml"} | usual | options).run()
 
 
 DRAW = plots.training_curves

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -174,12 +175,27 @@ class TestOthersFiles:
         assert capsys.readouterr() == ("", "")
 
     def test_what_a_killed_process_left_unfinished_goes(self, prepared, trained):
-        (trained / ".partial-1-abc").write_bytes(b"half")
+        (trained / ".partial-999999999-abc").write_bytes(b"half")
         (trained / "embeddings").mkdir()
-        (trained / "embeddings" / ".partial-1-abc").write_bytes(b"half")
+        (trained / "embeddings" / ".partial-999999999-abc").write_bytes(b"half")
+        written = trained / f".partial-{os.getpid()}-abc"  # by a process that lives, such as evaluate --per-user
+        written.write_bytes(b"half")
         (trained / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
         train(prepared, trained, resume=True, epochs=8)
-        assert not [*trained.rglob(".partial*"), *trained.rglob("*-tmp*")]
+        assert [*trained.rglob(".partial*"), *trained.rglob("*-tmp*")] == [written]
+
+    def test_killed_while_it_replaced_a_run_of_other_data(self, prepared, trained, monkeypatch):
+        """Between run.json and the ids of its items: those of the other run are gone by then."""
+        other = make_training_data(Interactions.from_sequences([[1, 2, 3, 4], [2, 3, 4, 1]] * 8), CONFIG)
+
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "write_bytes", killed)
+            with pytest.raises(KeyboardInterrupt):
+                loop.train(other, CONFIG, "adamw", trained, overwrite=True)
+        assert len(loop.train(other, CONFIG, "adamw", trained, resume=True).losses) == CONFIG.epochs
 
 
 class TestOneAtATime:
@@ -193,6 +209,17 @@ class TestOneAtATime:
                     train(prepared, trained, epochs=8, **options)
         assert contents(trained) == before
         assert len(train(prepared, trained, epochs=8, resume=True).losses) == 8
+
+    def test_a_comparison_over_one_of_whose_runs_is_trained_destroys_nothing(
+        self, prepared, tmp_path, toy, monkeypatch
+    ):
+        arms = {"optimizers": ("adamw", "sevo-adamw")}
+        compare.compare(prepared, CONFIG, tmp_path, **arms)
+        before = contents(tmp_path)
+        monkeypatch.setattr(compare, "train_seeds", lambda *_, **__: pytest.fail("trained first"))
+        with claim(tmp_path / "sevo-adamw-1" / LOCK), pytest.raises(CheckpointError, match="another process trains in"):
+            compare.compare(prepared, CONFIG, tmp_path, **arms, overwrite=True)
+        assert contents(tmp_path) == before
 
     def test_while_it_trains(self, prepared, tmp_path, toy, monkeypatch):
         epoch, refused = ToyProgram.epoch, []

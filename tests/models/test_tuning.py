@@ -326,6 +326,14 @@ class TestSearch:
         assert all(trial.settings["embedding_dim"] != 6 and trial.settings["num_heads"] == 3 for trial in refused)
         assert "num_heads must divide embedding_dim" in refused[0].reason
 
+    def test_data_that_no_trial_can_begin_with(self, tmp_path, stub, monkeypatch):
+        def refuse(self, config):
+            raise ValueError("no user has two interactions")
+
+        monkeypatch.setattr(search.NewestData, "prepared", refuse)
+        with pytest.raises(ValueError, match="every trial so far was refused: no user has two interactions"):
+            tune(tmp_path, 6)
+
     def test_when_the_time_is_over(self, tmp_path, stub, monkeypatch):
         clock = iter(range(10_000))
         monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: next(clock)))
