@@ -18,7 +18,7 @@ from models.plots import COLORS, PALETTE
 from models.report import items as item_maps
 from models.report import tables
 from models.report.graphs import ReportedGraph, Source, known_source, source_of
-from models.report.runs import Arm, Group, read_groups
+from models.report.runs import Arm, Group, ReportedRun, read_groups
 from models.training.training_data import TrainingData
 from sevo_optax import __version__
 
@@ -243,34 +243,11 @@ def catalogue_of(
 
     An arm is shown by its first finished run.
     """
-    shown = [
-        (arm, next(run for run in arm.finished if run.directory is not None))
-        for arm in group.arms
-        if arm.optimizer != "closed-form" and any(run.directory is not None for run in arm.finished)
-    ]
+    notes: list[str] = []
+    shown = _shown(group, notes)
     if not shown:
         return None
-    notes = []
-    if len(shown) > MOST_ARMS:
-        notes.append(
-            f"Of {len(shown)} arms, the {MOST_ARMS} best on the validation items are shown, with the best plain one."
-        )
-        best = sorted(shown, key=lambda pair: -pair[0].validation)
-        plain = [pair for pair in best if pair[0].plain][:1]
-        shown = plain + [pair for pair in best if pair not in plain][: MOST_ARMS - len(plain)]
-    loaded, ids = [], None
-    for arm, run in shown:
-        say(f"{group.title}: reading the items of {arm.label}")
-        try:
-            table, found = item_maps.item_table(run.directory)
-        except ValueError as error:
-            notes.append(f"{arm.label} is not shown: {error}.")
-            continue
-        if not np.isfinite(table).all():
-            notes.append(f"{arm.label} is not shown: its table has values that are not finite.")
-            continue
-        ids = found if ids is None else ids
-        loaded.append((arm, run, table))
+    loaded, ids = _tables_of(shown, notes, lambda arm: say(f"{group.title}: reading the items of {arm.label}"))
     if not loaded:
         return Catalogue(None, notes)
     rows = item_maps.most_popular(source.counts, len(ids), item_maps.LARGEST_CATALOGUE)
@@ -281,26 +258,15 @@ def catalogue_of(
         notes.append(f"Of {len(ids):,} items, the {len(rows):,} {which} are compared with each other.")
     if len(drawn) < len(rows):
         notes.append(f"The map shows the {len(drawn):,} {which}.")
+    umap = with_umap and has_umap() and len(drawn) > 15  # its number of neighbours
     arms = []
-    umap = with_umap and has_umap()
     for arm, run, table in loaded:
-        near = item_maps.nearest(table[rows])
-        places, shares = item_maps.principal_components(table[rows][drawn])
-        maps = {
-            "PCA": _map(places, [f"component {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(shares)])
-        }
-        if umap and len(drawn) > 15:  # its number of neighbours
-            from models.reproduce.maps import project
-
+        if umap:
             say(f"{group.title}: a map of {arm.label} by UMAP")
-            maps["UMAP"] = _map(project(table[rows][drawn]), ["", ""])
-        mine: dict[str, Any] = {
-            "label": arm.label,
-            "seed": run.seed,
-            "neighbours": near.items.tolist(),
-            "cosines": np.round(near.similarities.astype(np.float64), 2).tolist(),
-            "maps": maps,
-        }
+        mine = {"label": arm.label, "seed": run.seed, "maps": _maps(table[rows][drawn], umap)}
+        near = item_maps.nearest(table[rows])
+        mine["neighbours"] = near.items.tolist()
+        mine["cosines"] = np.round(near.similarities.astype(np.float64), 2).tolist()
         own = source.graph_of(arm)
         if own is not None:
             mine["linked"] = item_maps.linked(near, own.items[rows][:, rows]).astype(int).tolist()
@@ -313,6 +279,56 @@ def catalogue_of(
         "arms": arms,
     }
     return Catalogue(payload, notes)
+
+
+def _shown(group: Group, notes: list[str]) -> list[tuple[Arm, ReportedRun]]:
+    """The arms whose items are shown, each with the run that they are of: at most ``MOST_ARMS``, a plain one first."""
+    shown = [
+        (arm, next(run for run in arm.finished if run.directory is not None))
+        for arm in group.arms
+        if arm.optimizer != "closed-form" and any(run.directory is not None for run in arm.finished)
+    ]
+    if len(shown) > MOST_ARMS:
+        notes.append(
+            f"Of {len(shown)} arms, the {MOST_ARMS} best on the validation items are shown, with the best plain one."
+        )
+        best = sorted(shown, key=lambda pair: -pair[0].validation)
+        plain = [pair for pair in best if pair[0].plain][:1]
+        shown = plain + [pair for pair in best if pair not in plain][: MOST_ARMS - len(plain)]
+    return shown
+
+
+def _tables_of(
+    shown: Sequence[tuple[Arm, ReportedRun]], notes: list[str], say: Callable[[Arm], None]
+) -> tuple[list[tuple[Arm, ReportedRun, np.ndarray]], np.ndarray]:
+    """The item tables that can be shown, and the items' ids; a note says why others cannot."""
+    loaded, ids = [], np.empty(0)
+    for arm, run in shown:
+        say(arm)
+        try:
+            table, found = item_maps.item_table(run.directory)
+        except ValueError as error:
+            notes.append(f"{arm.label} is not shown: {error}.")
+            continue
+        if not np.isfinite(table).all():
+            notes.append(f"{arm.label} is not shown: its table has values that are not finite.")
+            continue
+        if not loaded:
+            ids = found
+        loaded.append((arm, run, table))
+    return loaded, ids
+
+
+def _maps(table: np.ndarray, umap: bool) -> dict[str, dict[str, Any]]:
+    """Items in two dimensions, by the name of what places them."""
+    places, shares = item_maps.principal_components(table)
+    axes = [f"component {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(shares)]
+    maps = {"PCA": _map(places, axes)}
+    if umap:
+        from models.reproduce.maps import project
+
+        maps["UMAP"] = _map(project(table), ["", ""])
+    return maps
 
 
 def has_umap() -> bool:
