@@ -174,6 +174,7 @@ def training_curves(
     if goal is not None:
         goal.draw_level(left)
     for label, optimizer, style, losses, validation, arrival in runs:
+        style += optimizer == "sevo-gradient-uncorrected"  # dashed: it often lies on sevo-gradient
         line = {"color": COLORS.get(optimizer), "linestyle": STYLES[style % len(STYLES)], "linewidth": 1.8}
         epochs, values = _common(validation)
         length = min(map(len, losses))
