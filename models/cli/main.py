@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import functools
-import importlib.metadata
 import itertools
 import operator
 import os
@@ -507,7 +506,9 @@ def _refuse_empty_paths(arguments: Sequence[str]) -> None:
 
 
 def _version() -> str:
-    return f"sevo-optax {importlib.metadata.version('sevo-optax')}"
+    from sevo_optax import __version__
+
+    return f"sevo-optax {__version__}"
 
 
 def _printable() -> None:
