@@ -147,7 +147,7 @@ def _section(found: TableCells, results_dir: Path, cells: Sequence[Cell]) -> tup
         )
     curves = table.picture.kind == "curves"
     if curves:
-        trained = [row for row in trained if not row.borrowed(table.name)]
+        trained = [row for row in trained if not row.borrowed]
     files = [] if curves else draw_table(found, results_dir)
     parts += [f"![{table.title}]({file.name})" for file in files]
     for row in trained:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from models.config import SELECTION, Grouping, Optimizer
-from models.reproduce.cells import Cell, Cells
+from models.reproduce.cells import Cell, Cells, cell_path
 from models.reproduce.costs import find_costs
 from models.reproduce.tables import (
     BASELINES,
@@ -212,28 +212,23 @@ class RowCells:
         self.row = row
         #: What was measured; None: nothing, or nothing is to be.
         self.costs = find_costs(cells.results_dir, experiment, row) if measured else None
+        self._has_own = False
         if measured:
             self.summaries: list[Summary] = []
             self.missing = row.groups if self.costs is None else []
             return
         found = [Summary(group, cells.of(experiment, group)) for group in row.groups]
+        self._has_own = any(
+            cell_path(cells.results_dir, experiment, x.group, cell.seed).exists() for x in found for cell in x.cells
+        )
         self.summaries = [summary for summary in found if summary.cells]
         self.missing = [summary.group for summary in found if not summary.cells]
 
     @property
-    def cells(self) -> list[Cell]:
-        """All of them."""
-        return [cell for summary in self.summaries for cell in summary.cells]
-
-    def borrowed(self, experiment: str) -> bool:
-        """Whether all that is there is plain runs of other tables, which say nothing of what the row is about.
-
-        Args:
-          experiment: the table's name.
-        """
+    def borrowed(self) -> bool:
+        """Whether all that is there is plain runs of other rows or tables, which say nothing of what this is about."""
         smoothed = [group for group in self.row.groups if group.arm in BASELINES and group.arm not in PLAIN]
-        own = any(cell.experiment == experiment for cell in self.cells)
-        return bool(smoothed) and not own and not any(x.group in smoothed for x in self.summaries)
+        return bool(smoothed) and not self._has_own and not any(x.group in smoothed for x in self.summaries)
 
     def baseline(self, summary: Summary, arm: Optimizer) -> Summary | None:
         """The group of a plain arm that another is compared with; None: it was not trained, or is the same."""
