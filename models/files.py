@@ -63,10 +63,14 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes files that processes were writing in a folder when they were killed, and none that one still writes."""
+    """Removes files that processes were writing in a folder when they were killed.
+
+    Those of other processes that live on this machine stay. This process writes none there at the moment; a file with
+    its number is of an earlier one, as the first process of each container has the same.
+    """
     for path in folder.glob(f"{PARTIAL}*"):
         number = path.name.removeprefix(PARTIAL).partition("-")[0]
-        if not number.isdecimal() or not _is_alive(int(number)):
+        if not number.isdecimal() or int(number) == os.getpid() or not _is_alive(int(number)):
             path.unlink(missing_ok=True)
 
 

@@ -40,15 +40,15 @@ def check_form(beta: Any, num_layers: Any, method: Any) -> None:
 
 def check_rounded(beta: Any, dtype: Any) -> None:
     """Checks a number, also one out of a schedule, as it is computed with."""
-    if np.ndim(beta) != 0:
-        raise TypeError(
-            f"beta must be a number, got shape {np.shape(beta)}; a schedule returns one number for all rows"
-        )
-    if not is_traced(beta) and not 0 <= float(np.asarray(beta, dtype)) < 1:
-        raise ValueError(
-            f"beta must lie in [0, 1), got {float(beta)}, in {np.dtype(dtype).name}; "
-            f"take at most {1 - np.finfo(dtype).eps:.8g}, also where a schedule ends"
-        )
+    if np.ndim(beta) != 0 or not (is_traced(beta) or np.asarray(beta).dtype.kind in "fiu" or hasattr(beta, "dtype")):
+        raise TypeError(f"beta must be one number in [0, 1), got {beta!r}; for several of them, use jax.vmap")
+    if is_traced(beta) or 0 <= float(np.asarray(beta, dtype)) < 1:
+        return
+    message = f"beta must lie in [0, 1), got {float(beta)}"
+    if 0 <= float(beta) <= 1:  # rounded up, or where a schedule ends
+        name = np.dtype(dtype).name
+        message += f", which is 1 in {name}; take at most {float(1 - np.finfo(dtype).eps)}"
+    raise ValueError(message)
 
 
 def smooth(

@@ -91,7 +91,8 @@ def find(
     leaves = [leaf for _, leaf in with_paths]
     if not leaves:
         raise ValueError(
-            "tables: no array is left for this transformation; optax.masked or optax.partition gave them all to others"
+            f"tables: the tree holds no array{'' if tables is None else ', and none at ' + ', '.join(tables)}; under "
+            "optax.masked or optax.partition, the mask or the labels must leave the table to this transformation"
         )
     if tables is None:
         if len(leaves) != 1:

@@ -360,8 +360,10 @@ def check_ids(values: Any, bound: int, name: str, bound_name: str, row: int = 0,
             unlike = ~(array == np.floor(array))
         else:
             unlike = np.array([isinstance(x, bool) or not isinstance(x, int | np.integer) for x in array])
-        bad = first(unlike) or 0
+        bad = first(unlike)
         advice = "Convert the ids with astype(np.int64)."
+        if bad is None:
+            raise TypeError(f"{name} has dtype {array.dtype}; wanted integers. {advice} {hint}".rstrip())
         if is_missing(array[bad]):
             advice = "It is missing: leave such rows out, and convert the ids with astype(np.int64)."
         raise TypeError(

@@ -63,13 +63,20 @@ def given(arguments: Sequence[str], command: Any) -> tuple[str, ...]:
 def _refuse_repeated(arguments: Sequence[str], options: Sequence[str]) -> None:
     """Refuses an option that stands twice, of which the parser would drop the first without a word."""
     positive = {option.replace("--", "--no-", 1): option for option in options} | {option: option for option in options}
-    seen = set()
+    seen: dict[str, str] = {}
+    repeated: set[str] = set()
     for argument in arguments:
-        option = positive.get(argument.partition("=")[0].replace("_", "-"))
-        if option in seen:
-            raise ValueError(f"{option} stands twice; give it once, with all of its values behind it")
-        if option is not None:
-            seen.add(option)
+        name = argument.partition("=")[0].replace("_", "-")
+        option = positive.get(name)
+        if name == "--no-exclude-seen" and "--include-seen" in options:  # as what the other is called, too
+            option = "--include-seen"
+        if option is None:
+            continue
+        if seen.setdefault(option, name) != name:
+            raise ValueError(f"{seen[option]} and {name} exclude each other; give one of them")
+        if option in repeated:
+            raise ValueError(f"{name} stands twice; give it once, with all of its values behind it")
+        repeated.add(option)
 
 
 def _refusal(

@@ -89,7 +89,7 @@ class Reproduce:
             print(path)
 
     def _check_heeded(self) -> None:
-        """Refuses options that what is asked for does not heed."""
+        """Refuses options that ``--list`` and ``--report`` do not heed, which train nothing and plan nothing."""
         modes = [name for name in ("list", "dry_run", "report") if getattr(self, name)]
         if len(modes) > 1:
             raise ValueError(f"{' and '.join(modes)} exclude each other; give one of them")
@@ -98,7 +98,10 @@ class Reproduce:
             return
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in {*modes, "table", "figure", "results_dir", *heeded} and value != field.default:
+            if (
+                field.name not in {*modes, "table", "figure", "results_dir", "quiet", *heeded}
+                and value != field.default
+            ):
                 raise ValueError(f"{field.name} is not heeded with {modes[0]}, got {value}; leave it out")
 
     def _list(self, tables: "Sequence[Table]") -> None:

@@ -128,11 +128,13 @@ def _iterative(found: Found) -> Verdict:
     return Verdict(holds, evidence)
 
 
-def _told_apart(difference: float, named: str, deviation: float | None, num_seeds: int) -> tuple[bool, str]:
-    """Whether means over seeds differ by more than two standard errors, and if not, a text that says so."""
+def _told_apart(
+    difference: float, named: str, deviation: float | None, num_seeds: int, *, results: int = 2
+) -> tuple[bool, str]:
+    """Whether a difference of some means over seeds is beyond two standard errors; if not, a text that says so."""
     if deviation is None:
         return False, "; of one seed, so how much is noise is not known"
-    if difference > (noise := 2 * deviation * math.sqrt(2 / num_seeds)):
+    if difference > (noise := 2 * deviation * math.sqrt(results / num_seeds)):
         return True, ""
     return False, f", {named} {noise:.4f} of noise (two standard errors) does not tell apart"
 
@@ -146,15 +148,15 @@ def _gain_told_apart(found: Found, row: RowCells) -> tuple[bool, str]:
     return _told_apart(abs(lead), named, _deviation(found, row), len(sevo.cells))
 
 
-def _deviation(found: Found, row: RowCells) -> float | None:
+def _deviation(found: Found, *rows: RowCells) -> float | None:
     """How far runs of a model on a data set deviate by their seeds; None: nothing has several.
 
-    The largest that is known, of the row's arms and of the published runs: few seeds know little of it.
+    The largest that is known, of some rows' arms, those of Table 3 and the published runs: few seeds know little of it.
     """
-    ours = [x.deviation() for x in row.summaries if not x.short and len(x.cells) > 1]
-    others = found["table-3"].rows if "table-3" in found else ()
-    same = [x for x in (row, *others) if _model_and_data(x) == _model_and_data(row)]
-    published = [x.deviation for other in same for x in other.row.published if x.arm == SEVO]
+    known = [*rows, *(found["table-3"].rows if "table-3" in found else ())]
+    same = [x for x in known if _model_and_data(x) == _model_and_data(rows[0])]
+    ours = [x.deviation() for row in same for x in row.summaries if not x.short and not x.outdated and len(x.cells) > 1]
+    published = [x.deviation for row in same for x in row.row.published if x.arm == SEVO]
     return max([x for x in ours + published if x is not None], default=None)
 
 
@@ -262,7 +264,8 @@ def _distance(found: Found) -> Verdict:
     for row, values, num_seeds in _variants(found, "max_hops", "graph_weighting"):
         spread = {name: max(x.values()) - min(x.values()) for name, x in values.items()}
         less = spread["frequency"] - spread["distance"]
-        decided, why = _told_apart(abs(less), f"{less:+.4f} that", _deviation(found, row), num_seeds)
+        # Of four results, not of two: each range has a largest and a smallest.
+        decided, why = _told_apart(abs(less), f"{less:+.4f} that", _deviation(found, row), num_seeds, results=4)
         holds.append(less > 0 if decided else None)
         evidence.append(
             f"{row.row.dataset}: {SELECTION} moves by {spread['distance']:.4f} with distance, "
@@ -285,7 +288,7 @@ def _genres(found: Found) -> Verdict:
         )
         if compared:
             values = {name: summary.mean() for name, summary in compared.items()}
-            deviation, num_seeds = _deviation(found, interactions), len(compared["interactions"].cells)
+            deviation, num_seeds = _deviation(found, interactions, genres), len(compared["interactions"].cells)
             steps = [values["genres"] - values["adamw"], values["interactions"] - values["genres"]]
             told = [_told_apart(abs(x), f"a step of {x:+.4f} that", deviation, num_seeds) for x in steps]
             contrary = any(decided and x < 0 for (decided, _), x in zip(told, steps, strict=True))

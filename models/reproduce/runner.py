@@ -112,7 +112,7 @@ def plan(
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     rows = select_rows(table, datasets, models, arms)
-    chosen = select_groups(table, cells)
+    chosen = select_groups(table.name, rows, arms, cells)
     jobs, done = [], 0
     there, planned = Cells(results_dir), set()
     for row in rows:
@@ -122,7 +122,7 @@ def plan(
             fields = fields | {"epochs": epochs}
         for seed in range(table.num_seeds(row, seeds)):
             for group in row.groups:
-                if (arms and group.arm not in arms) or group.name not in chosen:
+                if group.name not in chosen:
                     continue
                 teacher, vectors = table.teacher(group), {}
                 if teacher is not None:
@@ -174,19 +174,25 @@ def select_rows(table: Table, datasets: Sequence[str], models: Sequence[str], ar
     ]
 
 
-def select_groups(table: Table, patterns: Sequence[str]) -> set[str]:
-    """The names of a table's cells, without their seeds, that are like one of some patterns; of none: all.
+def select_groups(table: str, rows: Sequence[Row], arms: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """The names of cells, without their seeds, that are asked for.
+
+    Args:
+      table: the name of the table.
+      rows: of these rows alone.
+      arms: of these arms alone; empty: of all.
+      patterns: like one of these alone; empty: all.
 
     Raises:
       ValueError: if a pattern is like none of them.
     """
-    names = [group.name for row in table.rows for group in row.groups]
+    names = [group.name for row in rows for group in row.groups if not arms or group.arm in arms]
     chosen = set() if patterns else set(names)
     for pattern in patterns:
         found = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
         if not found:
             raise ValueError(
-                f"cells: {table.name} has none like {pattern}{near(pattern, names, most=3)}; --dry-run names those "
+                f"cells: {table} has none like {pattern}{near(pattern, names, most=3)}; --dry-run names those "
                 "that are missing, and * stands for anything"
             )
         chosen |= found

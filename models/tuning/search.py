@@ -232,11 +232,15 @@ class _Search:
         points = _points(folder)
         state: State = "finished"
         value, reason = None, ""
+        of_data = False  # whether it is the data that are at fault
         try:
             if all(follow(*point) for point in points):
                 config = self.space.config(settings)
                 with out_of_memory_told():
-                    result = train(self._data.prepared(config), config, folder, watch)
+                    of_data = True
+                    prepared = self._data.prepared(config)
+                    of_data = False
+                    result = train(prepared, config, folder, watch)
                 value = result.validation[SELECTION]
             else:
                 state = "pruned"
@@ -253,12 +257,12 @@ class _Search:
             if (folder / "run.json").exists():
                 raise
             state, reason = "refused", str(error)
-            if self.outcomes and all((x.state, x.reason) == (state, reason) for x in self.outcomes):
-                raise ValueError(f"every trial so far was refused: {error}") from None  # it is not the settings
         outcome = Outcome(number, state, _plain(settings), value, _points(folder), reason)
         # First what came of it: a trial with an outcome is a finished one, whatever happens before optuna knows.
         trial.set_user_attr("outcome", dataclasses.asdict(outcome))
         self._tell(trial.number, outcome)
+        if of_data and self.outcomes and all(x.reason == reason for x in self.outcomes):
+            raise ValueError(f"every trial so far was refused: {reason}")
         return outcome
 
     def _tell(self, trial: int, outcome: Outcome) -> None:

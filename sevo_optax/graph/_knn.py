@@ -17,8 +17,8 @@ from sevo_optax._weights import (
     check_positive_int,
     check_weight_dtype,
     first,
-    raw_bcoo,
     refuse_masked,
+    to_bcoo,
 )
 from sevo_optax.graph import _matrices
 from sevo_optax.graph._matrices import mirror
@@ -143,11 +143,14 @@ def knn(
     if metric == "cosine":
         weight = np.minimum(weight, 1)  # rounding may exceed it
     directed = scipy.sparse.coo_array((weight, (ids[row], ids[column])), shape=(num_nodes,) * 2).tocsr()
-    graph = mirror(directed, "min" if mutual else "max")
-    try:
-        return raw_bcoo(graph)
-    except ValueError as error:
-        raise ValueError(f"vectors are too long or too short for metric={metric!r}, scale them: {error}") from error
+    weights = mirror(directed, "min" if mutual else "max")
+    graph = to_bcoo(weights)
+    if weights.nnz and not graph.nse:
+        raise ValueError(
+            f"vectors are too long or too short for metric={metric!r}: all weights, up to {weights.data.max():g}, are "
+            "0 in float32; divide the vectors by their mean length."
+        )
+    return graph
 
 
 def _blocks(total: int, progress: Callable[[int, int], object] | None) -> Any:

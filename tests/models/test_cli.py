@@ -208,7 +208,11 @@ def test_bad_data_is_one_line_and_status_2(tmp_path, capsys, text, message):
             "--where stands twice; give it once, with all of",
         ),
         (["train", "--preset", "sasrec-beauty", "--preset", "sasrec-ml-1m"], "--preset stands twice"),
-        (["train", "--rescale", "--no-rescale"], "--rescale stands twice"),
+        (["train", "--rescale", "--no-rescale"], "--rescale and --no-rescale exclude each other; give one of them"),
+        (
+            ["evaluate", "--include-seen", "--no-exclude-seen"],
+            "--include-seen and --no-exclude-seen exclude each other",
+        ),
         (["reproduce", "--report", "--dry-run"], "dry_run and report exclude each other; give one of them"),
         (["reproduce", "--report", "--epochs", "3"], "epochs is not heeded with report, got 3; leave it out"),
         (["reproduce", "--list", "--models", "x"], "models is not heeded with list, got ('x',); leave it out"),

@@ -316,6 +316,10 @@ class TestRunner:
             ({"data_dir": Path("none")}, "data_dir: none/tiny.txt does not exist"),
             ({"datasets": ("beauty",)}, "datasets must be among tiny in tiny, got beauty"),
             ({"models": ("bert4rec",)}, "models must be among sasrec in tiny, got bert4rec"),
+            (
+                {"cells": ("tiny-sasrec-bce-adamw",), "arms": ("sevo-adamw",)},
+                "cells: tiny has none like tiny-sasrec-bce-adamw",
+            ),
             ({"cells": ("tiny-sasrec-adam",)}, "cells: tiny has none like tiny-sasrec-adam; did you mean tiny-sasrec"),
             ({"arms": ("sevo-gradient",)}, "arms must be among adamw, sevo-adamw in tiny, got sevo-gradient"),
             ({"seeds": 0}, "seeds must be at least 1, got 0"),

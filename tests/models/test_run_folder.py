@@ -178,7 +178,10 @@ class TestOthersFiles:
         (trained / ".partial-999999999-abc").write_bytes(b"half")
         (trained / "embeddings").mkdir()
         (trained / "embeddings" / ".partial-999999999-abc").write_bytes(b"half")
-        written = trained / f".partial-{os.getpid()}-abc"  # by a process that lives, such as evaluate --per-user
+        (trained / f".partial-{os.getpid()}-abc").write_bytes(
+            b"half"
+        )  # of another container, which began to count anew
+        written = trained / f".partial-{os.getppid()}-abc"  # by a process that lives, such as evaluate --per-user
         written.write_bytes(b"half")
         (trained / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
         train(prepared, trained, resume=True, epochs=8)

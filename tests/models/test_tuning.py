@@ -331,8 +331,9 @@ class TestSearch:
             raise ValueError("no user has two interactions")
 
         monkeypatch.setattr(search.NewestData, "prepared", refuse)
-        with pytest.raises(ValueError, match="every trial so far was refused: no user has two interactions"):
-            tune(tmp_path, 6)
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="every trial so far was refused: no user has two interactions"):
+                tune(tmp_path, 6, resume=resume)
 
     def test_when_the_time_is_over(self, tmp_path, stub, monkeypatch):
         clock = iter(range(10_000))

@@ -1240,6 +1240,11 @@ def test_movielens_genres():
             r"sources\[1\] is .*nan.*It is missing: leave such rows out",
         ),
         (lambda: graph.from_edges([0, None], [1, 2], num_nodes=3), TypeError, r"sources\[1\] is None .*It is missing"),
+        (
+            lambda: graph.from_edges(np.array([0, 1], object), [1, 2], num_nodes=3),
+            TypeError,
+            "sources has dtype object",
+        ),
         (lambda: graph.from_edges(iter([0]), [1], num_nodes=3), TypeError, "sources is a list_iterator; wanted an arr"),
         (lambda: graph.from_edges({0}, [1], num_nodes=3), TypeError, "sources is a set; wanted an array or a list"),
         (

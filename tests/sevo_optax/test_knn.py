@@ -240,3 +240,9 @@ def test_too_many_vectors_for_the_memory(monkeypatch):
     vectors = np.broadcast_to(np.float32(1), (10**6, 64))
     with pytest.raises(ValueError, match=r"10 neighbours of each of 1000000 vectors needs about 2\.2 GiB .* Lower k"):
         graph.knn(vectors, 10)
+
+
+def test_a_similarity_too_small_for_float32_is_no_edge():
+    """Unit vectors that are nearly orthogonal, as those of topics are."""
+    weights = graph.knn(np.array([[1, 1e-30, 0], [0, 1e-30, 1], [1, 0, 0]]), 2)
+    np.testing.assert_allclose(weights.todense()[0], [0, 0, 1])

@@ -550,7 +550,7 @@ def test_narrow_indices_of_a_traced_graph():
 
 def test_a_beta_that_is_one_in_float32_is_refused(weights):
     x = jnp.ones((weights.shape[0], 2), jnp.float32)
-    with pytest.raises(ValueError, match=r"got 0.999999999, in float32; take at most 0.99999988"):
+    with pytest.raises(ValueError, match=r"got 0.999999999, which is 1 in float32; take at most 0.99999988"):
         smooth(x, weights, beta=1 - 1e-9, method="exact")
 
 
