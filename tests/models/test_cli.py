@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import inspect
+import itertools
 import json
 import os
 import re
@@ -108,7 +109,8 @@ def test_small_worlds(tmp_path, capsys, model, text, hits):
     path = tmp_path / "data.txt"
     path.write_text(text)
     out = tmp_path / "out"
-    options = ["--model", model, "--loss", "ce", *SMALL, "--num-blocks", "1", "--num-heads", "1"]
+    small = ["1" if before == "--num-blocks" else word for before, word in itertools.pairwise(["", *SMALL])]
+    options = ["--model", model, "--loss", "ce", *small, "--num-heads", "1"]
     status, _, err = run(capsys, "train", "--data", path, "--output-dir", out, *options)
     assert status == 0, err
     result = json.loads((out / "result.json").read_text())
