@@ -80,8 +80,8 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # it is another user's, or the number is none
-        return True
+    except OSError:  # it is another user's
+        pass
     return True
 
 

@@ -13,14 +13,18 @@ from sevo_optax._propagate import CSR, EXACT_TOLERANCE, METHODS, Method
 from sevo_optax._weights import Adjacency, is_traced
 
 
+def _is_real_number(value: Any) -> bool:
+    dtype = value.dtype if is_traced(value) else np.asarray(value).dtype
+    real = jnp.issubdtype(dtype, np.number) and not jnp.issubdtype(dtype, np.complexfloating)
+    return real and np.ndim(value) == 0
+
+
 def check_form(beta: Any, num_layers: Any, method: Any) -> None:
     """Checks what is concrete; traced numbers and schedules are taken on trust."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not callable(beta) and not is_traced(beta):
-        dtype = np.asarray(beta).dtype
-        real = jnp.issubdtype(dtype, np.number) and not jnp.issubdtype(dtype, np.complexfloating)
-        if np.ndim(beta) != 0 or not real:
+        if not _is_real_number(beta):
             raise TypeError(f"beta must be a number in [0, 1) or a schedule, got {beta!r}")
         if not 0 <= float(beta) < 1:
             raise ValueError(
@@ -40,7 +44,7 @@ def check_form(beta: Any, num_layers: Any, method: Any) -> None:
 
 def check_rounded(beta: Any, dtype: Any) -> None:
     """Checks a number, also one out of a schedule, as it is computed with."""
-    if np.ndim(beta) != 0 or not (is_traced(beta) or np.asarray(beta).dtype.kind in "fiu" or hasattr(beta, "dtype")):
+    if not _is_real_number(beta):
         raise TypeError(f"beta must be one number in [0, 1), got {beta!r}; for several of them, use jax.vmap")
     if is_traced(beta) or 0 <= float(np.asarray(beta, dtype)) < 1:
         return

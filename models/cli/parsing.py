@@ -37,7 +37,7 @@ def parse(parser: Any, arguments: Sequence[str], *, commands: Mapping[str, Any],
     help_of = " ".join([prog, *([command] if command else []), "--help"])
     check_text(arguments)
     if command is not None:
-        _refuse_repeated(arguments, list(_options(commands[command])))
+        _refuse_repeated(arguments, commands[command])
     with _errors.on_parse_error(refuse):
         return tyro.cli(parser, prog=prog, args=list(arguments), description=description)
 
@@ -54,29 +54,42 @@ def given(arguments: Sequence[str], command: Any) -> tuple[str, ...]:
       >>> given(["train", "--beta=0.5", "--no-rescale", "--num_layers", "3"], TrainConfig)
       ('beta', 'rescale', 'num_layers')
     """
-    options = {option: option.removeprefix("--").replace("-", "_") for option in _options(command)}
-    known = {option.replace("--", "--no-", 1): name for option, name in options.items()} | options
-    names = (known.get(argument.partition("=")[0].replace("_", "-")) for argument in arguments)
+    known = _spellings(command)
+    names = (known.get(_spelling(argument)) for argument in arguments)
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
-def _refuse_repeated(arguments: Sequence[str], options: Sequence[str]) -> None:
+def _spelling(argument: str) -> str:
+    """An option without its value, with hyphens."""
+    return argument.partition("=")[0].replace("_", "-")
+
+
+def _spellings(command: Any) -> dict[str, str]:
+    """The names of a command's fields, by all that a command line may call them."""
+    options = {option: option.removeprefix("--").replace("-", "_") for option in _options(command)}
+    negated = {option.replace("--", "--no-", 1): name for option, name in options.items()}
+    marked = get_type_hints(command, include_extras=True)
+    aliases = {
+        alias: field.name
+        for field in dataclasses.fields(command)
+        for mark in getattr(marked[field.name], "__metadata__", ())
+        for alias in getattr(mark, "aliases", None) or ()
+    }
+    return negated | options | aliases
+
+
+def _refuse_repeated(arguments: Sequence[str], command: Any) -> None:
     """Refuses an option that stands twice, of which the parser would drop the first without a word."""
-    positive = {option.replace("--", "--no-", 1): option for option in options} | {option: option for option in options}
-    seen: dict[str, str] = {}
-    repeated: set[str] = set()
-    for argument in arguments:
-        name = argument.partition("=")[0].replace("_", "-")
-        option = positive.get(name)
-        if name == "--no-exclude-seen" and "--include-seen" in options:  # as what the other is called, too
-            option = "--include-seen"
-        if option is None:
+    known, seen = _spellings(command), dict[str, str]()
+    for spelling in map(_spelling, arguments):
+        if spelling not in known:
             continue
-        if seen.setdefault(option, name) != name:
-            raise ValueError(f"{seen[option]} and {name} exclude each other; give one of them")
-        if option in repeated:
-            raise ValueError(f"{name} stands twice; give it once, with all of its values behind it")
-        repeated.add(option)
+        before = seen.get(known[spelling])
+        if before == spelling:
+            raise ValueError(f"{spelling} stands twice; give it once, with all of its values behind it")
+        if before:
+            raise ValueError(f"{before} and {spelling} exclude each other; give one of them")
+        seen[known[spelling]] = spelling
 
 
 def _refusal(

@@ -93,15 +93,12 @@ class Reproduce:
         modes = [name for name in ("list", "dry_run", "report") if getattr(self, name)]
         if len(modes) > 1:
             raise ValueError(f"{' and '.join(modes)} exclude each other; give one of them")
-        heeded = {"list": {"seeds"}, "report": set[str]()}.get(modes[0] if modes else "")
-        if heeded is None:
+        if not self.list and not self.report:
             return
+        heeded = {*modes, "table", "figure", "results_dir", "quiet"} | ({"seeds"} if self.list else set())
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if (
-                field.name not in {*modes, "table", "figure", "results_dir", "quiet", *heeded}
-                and value != field.default
-            ):
+            if field.name not in heeded and value != field.default:
                 raise ValueError(f"{field.name} is not heeded with {modes[0]}, got {value}; leave it out")
 
     def _list(self, tables: "Sequence[Table]") -> None:

@@ -16,7 +16,13 @@ from models.reproduce.cells import Cell, Cells
 from models.reproduce.claims import claim_lines
 from models.reproduce.pictures import draw_curves, draw_table, draw_who_gains, smoothness_lines
 from models.reproduce.status import rough_duration, seconds_of
-from models.reproduce.summaries import RowCells, TableCells, average_gains, comparable_rows, with_common_seeds
+from models.reproduce.summaries import (
+    RowCells,
+    TableCells,
+    average_gains,
+    comparable_rows,
+    with_seeds_in_common,
+)
 from models.reproduce.tables import METRICS, PLAIN, Measured, Published, Table, table_names
 from models.training.time_to_quality import MEASURES, time_to_quality
 
@@ -230,15 +236,14 @@ def of_common_seeds(row: RowCells) -> list[str]:
 
     Behind them the seeds.
     """
-    compared = with_common_seeds(dict(enumerate(row.summaries)))
-    if not compared or all(len(x.cells) == len(compared[i].cells) for i, x in enumerate(row.summaries)):
+    common = with_seeds_in_common(row)
+    if all(len(x.cells) == len(y.cells) for x, y in zip(row.summaries, common.summaries, strict=True)):
         return [NONE] * len(row.summaries)
-    seeds = [cell.seed for cell in compared[0].cells]
+    seeds = [cell.seed for cell in common.summaries[0].cells]
     which = f"(seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
     lines = []
-    for summary in compared.values():
-        base = row.baseline(summary, "adamw")
-        over = summary.gain(next((x for x in compared.values() if base is not None and x.group == base.group), None))
+    for summary in common.summaries:
+        over = summary.gain(common.baseline(summary, "adamw"))
         gain = "" if over is None or over.relative is None else f", {over.relative:+.1%}"
         lines.append(f"{summary.mean():.4f}{gain} {which}")
     return lines

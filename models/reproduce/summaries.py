@@ -372,11 +372,12 @@ def comparable_rows(rows: Sequence[RowCells], over: Optimizer) -> list[RowCells]
     for subject in dict.fromkeys(row.row.subject for row in rows):
         mine = [row for row in rows if row.row.subject == subject]
         whole = [row for row in mine if all(x.gain is not None for x in average_gains([row], over, complete=True))]
-        kept += [_with_seeds_in_common(row) for row in whole] or mine
+        kept += [with_seeds_in_common(row) for row in whole] or mine
     return kept
 
 
-def _with_seeds_in_common(row: RowCells) -> RowCells:
+def with_seeds_in_common(row: RowCells) -> RowCells:
+    """A row whose groups of cells have the same seeds; the row itself, if there is none that all have."""
     found = copy.copy(row)
     found.summaries = list(with_common_seeds(dict(enumerate(row.summaries))).values()) or row.summaries
     return found
