@@ -60,7 +60,8 @@ what, and roughly how long it takes). What is written by hand stands in the note
   have them; in brackets the gain over plain AdamW with the same seeds. Coverage is the share of the catalogue that is
   among anybody's first ten;
 * † fewer epochs than the published settings have: no final result; fewer without †: early stopping ended the run;
-* how long takes what was not run is told from runs of the same model here, on other data by the number of interactions;
+* how long takes what was not run is told from runs of the same model and loss here, on other data by the interactions
+  that training sees (cross-entropy: times the items);
 * seconds and minutes are those of one seed; trained with {versions} on {devices}.
 """
 

@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -11,8 +12,23 @@ from models.reproduce.costs import ROUNDS, CostsJob, find_costs
 from models.reproduce.runner import Job
 from models.reproduce.tables import SeedGroup, Table
 
+
+class Size(NamedTuple):
+    """How large a data set is."""
+
+    users: int
+    items: int
+    interactions: int
+
+
 # Of the data sets of the bundled tables.
-INTERACTIONS = {"beauty": 198_502, "toys": 167_597, "tools": 134_476, "ml-1m": 999_611, "ml-1m-cold": 999_611}
+SIZES = {
+    "beauty": Size(22_363, 12_101, 198_502),
+    "toys": Size(19_412, 11_924, 167_597),
+    "tools": Size(16_638, 10_217, 134_476),
+    "ml-1m": Size(6_040, 3_416, 999_611),
+    "ml-1m-cold": Size(6_040, 3_416, 999_611),
+}
 
 
 def listing(tables: Sequence[Table], cells: Cells, seeds: int) -> str:
@@ -46,7 +62,7 @@ def seconds_of(group: SeedGroup, epochs: int, cells: Iterable[Cell], device: str
     """Roughly how long a run takes: as long an epoch as runs of the same model and loss on such a device.
 
     Runs on the same data set are asked first, then those on the one that is next in size, in proportion to the
-    interactions.
+    interactions that training sees, and with a loss over the whole catalogue to the items, too.
 
     Args:
       group: what is trained.
@@ -65,8 +81,9 @@ def seconds_of(group: SeedGroup, epochs: int, cells: Iterable[Cell], device: str
             by_dataset.setdefault(cell.dataset, []).append(cell)
     dataset, scale = group.row.dataset, 1.0
     if dataset not in by_dataset:
-        size = INTERACTIONS.get(dataset)
-        scales = {other: size / INTERACTIONS[other] for other in by_dataset if size and other in INTERACTIONS}
+        work = _work(dataset, values)
+        others = {other: _work(other, found[0].config) for other, found in by_dataset.items()}
+        scales = {other: work / theirs for other, theirs in others.items() if work and theirs}
         if not scales:
             return None
         dataset = min(scales, key=lambda other: abs(math.log(scales[other])))
@@ -75,6 +92,13 @@ def seconds_of(group: SeedGroup, epochs: int, cells: Iterable[Cell], device: str
     # What evaluation adds; the least, because pauses count as well.
     besides = min(cell.total_seconds / max(cell.epochs * cell.epoch_seconds, 1e-9) for cell in similar)
     return statistics.median(cell.epoch_seconds for cell in similar) * scale * epochs * max(besides, 1)
+
+
+def _work(dataset: str, config: Mapping[str, Any]) -> int:
+    """What an epoch's time is in proportion to, roughly; 0: not known."""
+    size = SIZES.get(dataset, Size(0, 0, 0))
+    seen = min(size.interactions, size.users * (config.get("max_length") or size.interactions))
+    return seen * (size.items if config.get("loss") == "ce" else 1)
 
 
 def dry_run(jobs: Sequence[Job], cells: Cells, device: str, workers: int) -> str:

@@ -1246,6 +1246,15 @@ class TestStatus:
         assert seconds_of(group, 100, [beauty, ml_1m], "a GPU") is None
         assert seconds_of(rows["GRU4Rec on Toys"].groups[0], 100, [beauty, ml_1m], "CPU, 2 cores") is None
 
+    def test_on_other_data_by_what_training_sees(self, folder):
+        """The newest 50 items of a user, and with cross-entropy a score for each item of the catalogue."""
+        rows = {row.dataset: row for row in load_table("cross-entropy-graphs").rows}
+        row, other = rows["beauty"], rows["ml-1m"]
+        took = 2 * 3.0 * row.groups[0].config().epochs
+        beauty = complete_cell("cross-entropy", row.groups[0], 0, epoch_seconds=3.0, total_seconds=took)
+        about = seconds_of(other.groups[0], 100, [beauty], "CPU, 2 cores")
+        assert about == pytest.approx(100 * 2 * 3.0 * (6_040 * 50 * 3_416) / (198_502 * 12_101))
+
     def test_what_is_not_known(self, folder, capsys):
         reproduce(dry_run=True, seeds=1)
         assert "0 runs, about 0 s; and 5 of which the time is not known" in capsys.readouterr().out
