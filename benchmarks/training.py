@@ -35,7 +35,7 @@ def config_of(model, path):
     values = {}
     if path is not None:
         try:
-            values = load_preset(f"{model}-{path.stem}")
+            values = load_preset(f"{model}-{path.stem.removeprefix('amazon-')}")
         except ValueError:
             print(f"\nno settings are published for {model} on {path.stem}: the model's usual ones are taken")
     return config_from_dict({"model": model} | values | {"data": path})

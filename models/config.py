@@ -166,9 +166,13 @@ def _smooths(config: Any) -> bool:
     return config.optimizer.startswith("sevo-")
 
 
+def needs_graph(config: Any) -> bool:
+    """Whether the optimizer smooths over the graph, or diagnostics measure over it, whatever the optimizer."""
+    return _smooths(config) or config.diagnostics
+
+
 _SMOOTHED = Condition("optimizer", _smooths, "sevo-adamw")
-# Diagnostics measure over the graph, whatever the optimizer.
-_OVER_GRAPH = Condition("optimizer", lambda config: _smooths(config) or config.diagnostics, "sevo-adamw")
+_OVER_GRAPH = Condition("optimizer", needs_graph, "sevo-adamw")
 # What an option of training needs in order to make a difference, all of it; others always do. A model adds its own.
 HEEDED: dict[str, tuple[Condition, ...]] = {
     "graph": (_OVER_GRAPH,),
@@ -370,8 +374,6 @@ class TrainConfig(OptimizerConfig, GraphConfig, LossConfig, SourceConfig):
             raise ValueError(f"patience must be at least 1, got {self.patience}")
         if min(self.keep_epochs, default=0) < 0:
             raise ValueError(f"keep_epochs must be numbers of at least 0, got {self.keep_epochs}")
-        if max(self.keep_epochs, default=0) > self.epochs:
-            raise ValueError(f"keep_epochs must be at most epochs, {self.epochs}, got {max(self.keep_epochs)}")
         if len(set(self.logger)) < len(self.logger):
             raise ValueError(f"logger must name each once, got {' '.join(self.logger)}")
         if not self.ks or min(self.ks) < 1:

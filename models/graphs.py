@@ -219,6 +219,17 @@ def graph_files(config: Any) -> tuple[Path, ...]:
     return tuple(file for file in files if file is not None)
 
 
+def refuse_pipes(config: Any) -> None:
+    """Refuses what can be read only once: a run reads the files of its graphs again, to know them when it goes on.
+
+    Raises:
+      ValueError: if one of :func:`graph_files` is a pipe.
+    """
+    for file in graph_files(config):
+        if file.is_fifo():
+            raise ValueError(f"graph: {file} is a pipe, which can be read only once; write it to a file")
+
+
 def files_digest(config: Any) -> str:
     """A digest of what is in :func:`graph_files`; empty: there are none."""
     digest, files = hashlib.sha256(), graph_files(config)

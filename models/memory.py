@@ -192,8 +192,11 @@ def memory_size(num_devices: int = 1) -> int:
 
 
 @contextlib.contextmanager
-def out_of_memory_told() -> Iterator[None]:
+def out_of_memory_told(*, trains: bool = True) -> Iterator[None]:
     """Turns running out of memory, on a CPU or an accelerator, into one line.
+
+    Args:
+      trains: whether it is training that may run out, which has options to need less.
 
     Raises:
       OutOfMemoryError: instead of ``MemoryError`` and of JAX's ``RESOURCE_EXHAUSTED``.
@@ -205,10 +208,10 @@ def out_of_memory_told() -> Iterator[None]:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
             raise
         asked = _size_in(text)
+        lower = "lower --batch-size, --max-length, --embedding-dim or --num-negatives, or " if trains else ""
         raise OutOfMemoryError(
             f"out of memory{f', {in_words(asked)} more were needed' if asked else ''} (there are "
-            f"{in_words(memory_size())} in all); lower --batch-size, --max-length, --embedding-dim or --num-negatives, "
-            "or end other programs that use the memory"
+            f"{in_words(memory_size())} in all); {lower}end other programs that use the memory"
         ) from None
 
 

@@ -24,6 +24,7 @@ from models.config import DeviceOptions
 LONGEST_ERROR = 1000
 # Seconds without a sign of life after which a process counts as ended.
 HEARTBEAT_SECONDS = 30
+# Exit statuses of the program.
 USAGE_ERROR, INTERRUPTED = 2, 130
 # Words in the errors of collectives that a process has left, and in JAX's last ones.
 LOST = ("Gloo", "coordination", "Connection closed", "heartbeat")
@@ -126,7 +127,7 @@ def _give_up(text: str) -> NoReturn:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Ends the process at once after an error, so that nobody waits for it; only the first process speaks."""
+    """Ends the process at once after an error, so that nobody waits for it; all else is said by the first one alone."""
     if num_processes() == 1:
         yield
         return

@@ -52,10 +52,10 @@ def scale_by_adam_corrected(
 
     so that :math:`u_t = u_{t-1}` while the row is idle (Theorem 3), up to rounding: moments in half precision cannot
     follow for more than some hundred steps (in bfloat16, with :math:`\beta_2 = 0.999`, a row that was idle for 1,000
-    steps makes steps half as long again), so keep tables in float32. Where no row is idle, and for all leaves other
-    than ``tables``, this is :func:`optax.scale_by_adam`, bit for bit if updates have the dtype of the parameters. The
-    correction suits embedding tables alone: the row of a dense kernel whose input stays zero for thousands of steps
-    would go on moving along its last gradient.
+    steps makes steps half as long again), so keep tables, and ``mu_dtype``, in float32. Where no row is idle, and for
+    all leaves other than ``tables``, this is :func:`optax.scale_by_adam`, bit for bit if updates have the dtype of the
+    parameters. The correction suits embedding tables alone: the row of a dense kernel whose input stays zero for
+    thousands of steps would go on moving along its last gradient.
 
     With ``nesterov`` the estimate stands for the missing gradient in the look-ahead too. The direction of an idle row
     then differs from that of the step before by the step's own gradient, and tends to :math:`u` above.

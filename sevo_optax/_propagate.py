@@ -257,7 +257,9 @@ def _propagate_batch(args: Any, dims: Any, *, symmetric: bool) -> tuple[jax.Arra
         # Columns are independent: (batch, nodes, dim) is one product over (nodes, batch * dim).
         def local(leaves: Sequence[jax.Array], csr: CSR) -> list[jax.Array]:
             (x,) = leaves
-            return [_propagate(*csr, x.reshape(x.shape[0], -1), symmetric).reshape(-1, *x.shape[1:])]
+            replicas, dim = x.shape[1:]  # one of them may be 0, so that -1 tells nothing
+            product = _propagate(*csr, x.reshape(x.shape[0], replicas * dim), symmetric)
+            return [product.reshape(product.shape[0], replicas, dim)]
 
         return columnwise(local, [jnp.moveaxis(args[3], dims[3], 1)], 0, CSR(*args[:3]))[0], 1
     return jax.vmap(_segment_kernel, in_axes=tuple(dims))(*args), 0

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -92,8 +93,9 @@ def sevo(
 
     Args:
       adjacency: raw symmetric non-negative weights, shape (nodes, nodes), as :class:`jax.experimental.sparse.BCOO` (see
-        :mod:`sevo_optax.graph`), scipy sparse matrix or dense array. Node ``i`` is row ``i`` of the table: padding and
-        mask rows are counted too. Checked and normalised once, on the host.
+        :mod:`sevo_optax.graph`), BCSR, scipy sparse matrix or dense array; with ``graph_sharding`` also
+        :class:`graph.Shards`. Node ``i`` is row ``i`` of the table: padding and mask rows are counted too. Checked and
+        normalised once, on the host.
       tables: which leaf to smooth: its path, such as ``"item_embedding/embedding"``, or the path of a part of the tree
         that holds exactly one array, such as ``"item_embedding"``. A tuple of paths is one node set, stacked in that
         order, for example ``("user_embedding", "item_embedding")`` with :func:`graph.user_item`. None: the tree holds
@@ -304,10 +306,11 @@ def state_axes(state: optax.OptState, axis: int = 0) -> Any:
 
     Args:
       state: an optimizer state of one replica, or its shapes from :func:`jax.eval_shape`.
-      axis: the axis of the replicas.
+      axis: the axis of the replicas; the last one, or for a negative number the first, of leaves with fewer axes, such
+        as counts.
 
     Returns:
-      A tree like ``state`` with ``axis`` for every leaf and None for the graph, for ``in_axes`` and ``out_axes``.
+      A tree like ``state`` with the axis of every leaf and None for the graph, for ``in_axes`` and ``out_axes``.
 
     Examples:
       >>> import jax
@@ -323,13 +326,15 @@ def state_axes(state: optax.OptState, axis: int = 0) -> Any:
       ((5, 2, 8), (2,))
     """
 
+    def of(leaf: Any) -> Any:
+        return min(axis, np.ndim(leaf)) if axis >= 0 else max(axis, -1 - np.ndim(leaf))
+
     def axes(leaf: Any) -> Any:
         if not isinstance(leaf, SEvoState):
-            return axis
+            return of(leaf)
         whole: Any = None
-        own: Any = axis
         graph = None if leaf.graph is None else type(leaf.graph)(*[whole] * len(leaf.graph))
-        return SEvoState(own, graph, whole if leaf.residual is None else own)
+        return SEvoState(of(leaf.count), graph, whole if leaf.residual is None else of(leaf.residual))
 
     return jax.tree.map(axes, state, is_leaf=_is_state)
 

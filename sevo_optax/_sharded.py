@@ -150,7 +150,7 @@ def _product(graph: ShardedCSR, axes: tuple[str, ...], x: jax.Array) -> jax.Arra
     data, indices, indptr, send = (part[0] for part in graph)
     if send.size:
         received = jax.lax.all_to_all(x[send], axes, 0, 0, tiled=True)
-        x = jnp.concatenate([x, received.reshape(-1, x.shape[1])])
+        x = jnp.concatenate([x, received.reshape(math.prod(received.shape[:-1]), x.shape[1])])
     return _propagate.propagate_rows(data, indices, indptr, x)
 
 

@@ -98,8 +98,8 @@ def smooth(
       x: shape (nodes, dim) or (nodes,), floating. Computed in float32 at least and returned in its own dtype. ``vmap``
         over further axes costs no more than as many columns.
       adjacency: raw symmetric non-negative weights, shape (nodes, nodes), as :class:`jax.experimental.sparse.BCOO` (see
-        :mod:`sevo_optax.graph`), scipy sparse matrix or dense array. Under ``jit``, a BCOO argument is normalised on
-        the device and cannot be checked.
+        :mod:`sevo_optax.graph`), BCSR, scipy sparse matrix or dense array. Under ``jit``, a BCOO argument is normalised
+        on the device and cannot be checked.
       beta: number in [0, 1), possibly traced.
       num_layers: :math:`L \ge 0`, possibly traced (then without reverse-mode derivatives). Not used by the exact form.
       method: ``"neumann"``, ``"iterative"`` or ``"exact"``.

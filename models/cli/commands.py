@@ -109,7 +109,9 @@ class Recommend:
                 print(f"warning: {name}: unknown to the model and passed over: {_some(unknown)}", file=sys.stderr)
         recommend = partial(recommender.recommend, **options)
         if self.users:
-            mine = None if candidates is None else [candidates.get(user.strip(), []) for user in self.users]
+            mine = None  # an id that is text may have spaces at its ends
+            if candidates is not None:
+                mine = [candidates.get(user, candidates.get(user.strip(), [])) for user in self.users]
             found = zip(self.users, recommender.recommend_to_users(self.users, **options, candidates=mine), strict=True)
         elif self.histories is None:
             (recommendation,) = recommend([self.history])  # type: ignore[call-arg]  # mypy fills in the wrong ones
@@ -217,13 +219,11 @@ class Evaluate:
             interactions = in_catalogue(interactions, run.item_ids, min_user_interactions=shortest)
             print(f"  {interactions.notes[-1]}")
         split = split_interactions(interactions, config)
-        if same_data and run.users is not None:
-            split = of_known_users(split, run.users.ids)
+        if run.users is not None:
+            split = of_known_users(split, run.users.ids, trained_on=same_data)
         note = overlap_note(run, config, split, interactions if same_data else None)
         evaluation = evaluate(run, split, ks=config.ks, exclude_seen=config.exclude_seen)
-        tested = (
-            f"at the epoch with the best validation {SELECTION}" if self.which == "best" else "after the last epoch"
-        )
+        tested = f"at the epoch with the best validation {SELECTION}" if self.which == "best" else "at the newest epoch"
         protocol = f"{evaluation.protocol}{note}; tested {tested}"
         print(f"{self.checkpoint}, epoch {run.epoch}: {len(evaluation.ranks):,} users")
         print("test: " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items()))

@@ -34,9 +34,11 @@ from models.config import (
     Optimizer,
     SourceConfig,
     TrainConfig,
+    needs_graph,
 )
 from models.files import make_folder
 from models.memory import out_of_memory_told
+from models.processes import INTERRUPTED, USAGE_ERROR
 from models.report import Report
 from models.reproduce import Reproduce
 from models.training import progress
@@ -52,11 +54,9 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m models"
 DESCRIPTION = "Trains, compares and uses recommenders. --version instead of a command says which release this is."
-USAGE_ERROR = 2
 PATHS = ("output_dir", "results_dir", "work_dir", "data_dir", "cache_dir", "checkpoint", "data", "histories", "titles")
 PATHS += ("output", "per_user", "attributes", "only_items", "exclude_items", "candidates", "vectors", "embeddings")
 PATHS += ("runs",)
-INTERRUPTED = 130
 BROKEN_PIPE = 141
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -122,7 +122,9 @@ class Train(RunOptions, DeviceOptions):
             processes.check_same(
                 "meshes or table shardings", f"{sorted(mesh.shape.items())} {self.table_sharding}"[:64]
             )
-        prepared = _prepare(config, self.output_dir, 1 if mesh is None else mesh.size)
+        prepared = _prepare(
+            config, self.output_dir, num_devices=1 if mesh is None else mesh.size, smooths=needs_graph(config)
+        )
         layout = None if mesh is None else _layout(mesh, self.table_sharding, config, prepared)
         result = loop.train(
             prepared,
@@ -178,7 +180,7 @@ class Compare(RunOptions):
             if arms != self.arms and "arms" in self.given:
                 raise ValueError(f"arms is not heeded by model {config.model}, got {' '.join(self.arms)}; leave it out")
             check_heeded(each, _given(self), called={"optimizer": "arms "})
-        prepared = _prepare(config, self.output_dir)
+        prepared = _prepare(config, self.output_dir, smooths=any(map(needs_graph, each)))
         names = [f"{arm}-{config.seed + i}" for arm in arms for i in range(self.seeds)]
         diverged = None
         try:
@@ -342,7 +344,10 @@ def _config(command: Any) -> TrainConfig:
     """The checked configuration among a command's options."""
     from models.architectures.registry import config_from_dict
 
-    return config_from_dict(_values(command))
+    config = config_from_dict(_values(command))
+    if max(config.keep_epochs, default=0) > config.epochs:  # a table's run may end early, and go on later
+        raise ValueError(f"keep_epochs must be at most epochs, {config.epochs}, got {max(config.keep_epochs)}")
+    return config
 
 
 def _values(command: Any, *, kept: Collection[str] = ()) -> dict[str, Any]:
@@ -411,7 +416,7 @@ def _layout(mesh: "Mesh", sharding: "TableSharding", config: TrainConfig, prepar
     return layout
 
 
-def _prepare(config: TrainConfig, output_dir: Path, num_devices: int = 1) -> "TrainingData":
+def _prepare(config: TrainConfig, output_dir: Path, *, num_devices: int = 1, smooths: bool) -> "TrainingData":
     """Checks everything that can be checked before training, and says what is trained on."""
     from models.graphs import graph_notes
     from models.training.loggers import check_installed
@@ -419,7 +424,7 @@ def _prepare(config: TrainConfig, output_dir: Path, num_devices: int = 1) -> "Tr
 
     check_installed(config.logger)
     make_folder("output_dir", output_dir)
-    prepared = make_training_data(load_and_describe(config), config, num_devices)
+    prepared = make_training_data(load_and_describe(config), config, num_devices, smooths=smooths)
     if prepared.nodes is not None:
         adjacency = prepared.nodes.adjacency
         print(f"graph: {adjacency.nse:,} entries between {adjacency.shape[0]:,} nodes", flush=True)
@@ -551,7 +556,8 @@ def _run(arguments: Sequence[str]) -> None:
             f"{', '.join(command.arms)} have its learning rate and weight decay",
             file=sys.stderr,
         )
-    with progress.silent(getattr(command, "quiet", False)), out_of_memory_told():
+    trains = isinstance(command, RunOptions)
+    with progress.silent(getattr(command, "quiet", False)), out_of_memory_told(trains=trains):
         command.run()
     sys.stdout.flush()  # here, where a full disk can still be reported
 

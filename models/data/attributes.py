@@ -48,7 +48,9 @@ def read_attributes(
         if attribute_column.endswith(tuple(f":{kind}" for kind in SEQUENCE_TYPES)):
             separator = " "
         pairs = pairs.with_columns(polars.col("value").cast(polars.String).str.split(separator))
-    pairs = pairs.explode("value").with_columns(polars.col("value").cast(polars.String).str.strip_chars())
+    while pairs["value"].dtype.is_nested():  # the paths of a tree of categories
+        pairs = pairs.explode("value")
+    pairs = pairs.with_columns(polars.col("value").cast(polars.String).str.strip_chars())
     pairs = pairs.filter(polars.col("value").fill_null("") != "")
     if pairs.is_empty():
         raise ValueError(f"attribute_column: no item of {path} has anything in {attribute_column!r}")
@@ -125,7 +127,7 @@ def _read_items(path: Path, option: str, wanted: dict[str, str]) -> "polars.Data
     item_column, value_column = wanted.values()
     frame = table.read(list(dict.fromkeys(wanted.values())), lists=[value_column])
     pairs = polars.DataFrame([frame[item_column].alias("item"), frame[value_column].alias("value")])
-    if pairs["value"].dtype in (polars.Binary, polars.Object, polars.Struct):
+    if _innermost(pairs["value"].dtype) in (polars.Binary, polars.Object, polars.Struct):
         raise ValueError(f"{table.source}: column {value_column!r} holds {pairs['value'].dtype}, which is no text")
     missing = pairs["item"].is_null() | pairs["value"].is_null()
     if pairs["item"].dtype == polars.String:
@@ -135,6 +137,15 @@ def _read_items(path: Path, option: str, wanted: dict[str, str]) -> "polars.Data
         return polars.DataFrame({"item": [], "value": []}, schema=dict.fromkeys(["item", "value"], polars.String))
     rows = Rows(table.source, np.flatnonzero(~missing.to_numpy()))
     return pairs.with_columns(checked_ids(rows, pairs["item"].alias(item_column), "item id").alias("item"))
+
+
+def _innermost(dtype: Any) -> Any:
+    """What lists, and lists of lists, hold."""
+    import polars
+
+    while isinstance(dtype, polars.List | polars.Array):
+        dtype = dtype.inner
+    return dtype
 
 
 def _open_items(source: Source) -> Table:

@@ -84,9 +84,10 @@ class Interactions:
           times: one sequence of times a user, as long as the user's items; None: only the order is known.
 
         Raises:
-          ValueError: if there is no interaction at all, or an id is smaller than 1 or larger than ``num_items``.
+          ValueError: if there is no interaction at all, or an id is no whole number, smaller than 1 or larger than
+            ``num_items``.
         """
-        rows = [np.asarray(list(sequence), dtype=np.int64) for sequence in sequences]
+        rows = [_whole(list(sequence)) for sequence in sequences]
         items = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         if not items.size:
             raise ValueError("sequences hold no interaction; at least one is needed")
@@ -165,6 +166,19 @@ class Interactions:
     def with_notes(self, *notes: str) -> "Interactions":
         """The same interactions with more ``notes``."""
         return dataclasses.replace(self, notes=self.notes + notes)
+
+
+def _whole(sequence: list[Any]) -> np.ndarray:
+    """Ids as int64; a fraction would be cut off in silence."""
+    ids = np.asarray(sequence)
+    if ids.dtype.kind not in "iu":
+        is_whole = ids == np.floor(ids) if ids.dtype.kind == "f" else np.zeros(ids.shape, bool)
+        if not is_whole.all():
+            raise ValueError(
+                f"sequences hold {sequence[int(np.argmin(is_whole))]!r}; ids must be whole numbers: number the items "
+                "from 1, or read them with models.data.load, which does"
+            )
+    return ids.astype(np.int64)
 
 
 def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:

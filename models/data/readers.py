@@ -148,9 +148,9 @@ def _sequences(source: Source) -> Interactions:
     sequences: list[np.ndarray] = []
     line_of: dict[int, int] = {}
     for number, line in enumerate(source.text().split(b"\n"), start=1):
-        if not line.strip():
+        if not (fields := line.decode().split()):
             continue
-        where, fields = f"{source}, line {number}", line.decode().split()
+        where = f"{source}, line {number}"
         try:
             values = np.array(fields, dtype=np.int64)
         except (ValueError, OverflowError):

@@ -253,7 +253,7 @@ def _has_value(rows: Rows, column: "polars.Series", values: list[str]) -> "polar
     """Where the column, spelled out, is one of the values; a number need not be spelled as in the file."""
     import polars
 
-    if column.dtype.is_nested() or column.dtype == polars.Binary:
+    if column.dtype.is_nested() or column.dtype in (polars.Binary, polars.Object, polars.Duration):
         raise ValueError(f"where: {column.name!r} holds {column.dtype}, which is neither numbers nor text")
     spelled = column.cast(polars.String)
     found = spelled.unique(maintain_order=True).to_list()

@@ -131,12 +131,14 @@ def cold_start(split: Split, share: float) -> Split:
     return Split(protocol=protocol, train=train, **parts)
 
 
-def of_known_users(split: Split, user_ids: np.ndarray) -> Split:
+def of_known_users(split: Split, user_ids: np.ndarray, *, trained_on: bool = True) -> Split:
     """Leaves out of a split's histories and predictions users that a model with a table of users does not know.
 
     Args:
       split: the split.
       user_ids: shape (users,), the raw ids of those that the model knows.
+      trained_on: whether the model is of this split's training part. If not, it is only tested on the split: nobody
+        need be left to validate with.
 
     Returns:
       The split, whose protocol says how many are left out; the same one, if none is.
@@ -148,16 +150,20 @@ def of_known_users(split: Split, user_ids: np.ndarray) -> Split:
     for name in ("validation", "test"):
         history = getattr(split, f"{name}_history")
         known = np.isin(history.user_ids, user_ids)
-        if not known.any():
+        if not known.any() and trained_on:
             raise ValueError(
                 f"split: no {name} user has an interaction to train on, as a model with a table of users needs; cut "
                 "later, or take a model of histories, such as sasrec"
             )
+        if not known.any() and name == "test":
+            raise ValueError("data: the model, which has a table of users, knows none of the test users; give others")
         parts |= {f"{name}_history": history.of_users(known), name: getattr(split, name)[known]}
         counts.append(int((~known).sum()))
     if not any(counts):
         return split
     left_out = f"{counts[0]:,} validation and {counts[1]:,} test users without training interactions left out"
+    if not trained_on:
+        left_out = f"{counts[1]:,} test users that the model does not know left out"
     return dataclasses.replace(split, protocol=f"{split.protocol}; {left_out}", **parts)
 
 
@@ -233,7 +239,7 @@ def _given_cuts(times: Sequence[float | str]) -> tuple[float, float]:
 def _moment(text: float | str) -> float:
     """A number as it is, or a date as seconds since 1970."""
     try:
-        value = float(text)
+        value = float(str(text).replace("_", "?"))  # Python takes 2001_12 for a number
     except ValueError:
         try:
             value = seconds_since_1970(str(text))

@@ -438,6 +438,9 @@ def _json_column(source: Source, name: str, values: list[Any], lists: bool) -> "
         return polars.Series(name, values, dtype=polars.Boolean)
     if lists and list in kinds:
         several = [value if value is None or isinstance(value, list) else [value] for value in values]
+        for row, value in enumerate(several, start=1):
+            if any(isinstance(part, bool | list | dict) for part in value or ()):
+                raise ValueError(f"{source}, row {row}: {name!r} is {shortened(value)}; it must hold numbers or text")
         parts = [part for value in several for part in value or ()]
         lengths = [None if value is None else len(value) for value in several]
         return _regrouped(_json_column(source, name, parts, lists=False).cast(polars.String), lengths)

@@ -22,9 +22,12 @@ import numpy as np
 from models.data import Interactions
 from models.mesh import take
 
-# Rows that fill no batch are padded, and shuffling spreads the padding: a batch of so few rows may consist of it. Its
-# step would still decay the weights, and its loss of zero would count.
+# Rows that fill no batch are padded, and shuffling spreads the padding at random: a batch of so few rows might be only
+# padding. Its step would still decay the weights, and its loss of zero would count. So such rows are dealt one by one.
 FEW_ROWS = 7
+NOTHING_TO_TRAIN_ON = (
+    "no user has two interactions to train on; give data where one has (leave-one-out keeps two more of each aside)"
+)
 
 
 class Batch(NamedTuple):
@@ -100,6 +103,9 @@ class PackedSequences:
         """Deals users to slots of their own length, and rows to batches, at random."""
         row_key, user_key = jax.random.split(key)
         rows = jax.random.permutation(row_key, self.slot.shape[0])
+        if self.rows <= FEW_ROWS:
+            padding_last = rows[jnp.argsort(self.slot[rows, 0] < 0, stable=True)]
+            rows = padding_last.reshape(self.rows, self.num_batches).T.ravel()
         noise = jax.random.bits(user_key, self.slot_length.shape)
         users = jnp.lexsort((noise, self.slot_length))
         return dataclasses.replace(
@@ -183,8 +189,8 @@ def pack(
     Args:
       interactions: the sequences.
       max_length: the longest sequence of inputs a model takes.
-      batch_size: users in a batch, on average: an epoch has ``ceil(users / batch_size)`` batches, and rows are spread
-        evenly. Batches of very few rows are fewer, so that none is empty.
+      batch_size: users in a batch, on average: an epoch has ``ceil(users / batch_size)`` batches, or as many as rows
+        if these are fewer, and rows are spread evenly.
       with_targets: whether every token needs a following item. If so, a user's newest item is a target only, and users
         with one item are left out; otherwise it is the last input, and its target is meaningless.
       count_targets: whether ``batch_size`` counts targets instead of users.
@@ -201,7 +207,7 @@ def pack(
     inputs = interactions.lengths - int(with_targets)
     users = np.flatnonzero(inputs > 0)
     if not users.size:
-        raise ValueError("no user has two interactions to train on; at least one sequence must be that long")
+        raise ValueError(NOTHING_TO_TRAIN_ON)
     if windows:
         users, stops, contexts = _windows(users, inputs, max_length)
     else:
@@ -212,10 +218,7 @@ def pack(
     users, starts, lengths, contexts = users[order], starts[order], lengths[order], contexts[order]
     slot, step = _cut_rows(lengths, int(lengths[-1]))
     counted = int((lengths - contexts).sum()) if count_targets else len(users)
-    num_batches = -(-counted // batch_size)
-    rows = -(-len(slot) // num_batches)
-    if rows <= FEW_ROWS:
-        num_batches = -(-len(slot) // rows)
+    num_batches = min(-(-counted // batch_size), len(slot))
     missing = -len(slot) % num_batches
     return PackedSequences(
         slot=jnp.asarray(np.pad(slot, ((0, missing), (0, 0)), constant_values=-1)),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.data import Interactions
-from models.feeds.packed import Batch
+from models.feeds.packed import NOTHING_TO_TRAIN_ON, Batch
 from models.mesh import take
 
 
@@ -63,7 +63,7 @@ class Prefixes:
         first = np.repeat(interactions.offsets[:-1], interactions.lengths)
         (target,) = np.nonzero(np.arange(len(interactions)) > first)
         if not target.size:
-            raise ValueError("no user has two interactions to train on; at least one sequence must be that long")
+            raise ValueError(NOTHING_TO_TRAIN_ON)
         num_batches = -(-len(target) // batch_size)
         blank = (0, num_batches * batch_size - len(target))
         return cls(

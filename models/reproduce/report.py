@@ -213,7 +213,10 @@ def overview(row: RowCells, bases: Sequence[Optimizer]) -> list[list[str]]:
             error = summary.standard_error(published)
             comparison = [_with_deviation(value, published.deviation), f"{difference:+z.4f}"]
             comparison += [NONE if error is None else f"{error:.4f}"]
-            comparison += [NONE if error is None or summary.short else _yes(abs(difference) <= 2 * error)]
+            # A published mean may deviate, too: where it is not known how far, a larger difference says nothing.
+            near = error is not None and abs(difference) <= 2 * error
+            known = error is not None and (near or published.deviation is not None)
+            comparison += [_yes(near) if known and not summary.short else NONE]
             if plain is not None and published is not plain and len(row.row.arms) > 1:
                 theirs = f"{value / plain.metrics[SELECTION] - 1:+.1%}"
         gains = []
@@ -422,7 +425,8 @@ def times_to_quality(row: RowCells) -> list[list[str]]:
         seeds = f"{reached.reached} of {len(reached.seeds)}"
         line = [summary.label, seeds, *(reached.text(measure, NONE) for measure in measures)]
         base = row.plain_adamw(summary).courses
-        itself = time_to_quality({seed: base[seed] for seed in reached.seeds}, base)
+        arrived = [seed for seed, epoch in zip(reached.seeds, reached.epochs, strict=True) if epoch is not None]
+        itself = time_to_quality({seed: base[seed] for seed in arrived or reached.seeds}, base)
         line.insert(3, NONE if summary.group.arm == "adamw" else itself.text("epochs"))
         lines.append(line)
     return [header, *lines] if lines else []

@@ -89,6 +89,8 @@ def seconds_of(group: SeedGroup, epochs: int, cells: Iterable[Cell], device: str
         dataset = min(scales, key=lambda other: abs(math.log(scales[other])))
         scale = scales[dataset]
     similar = [cell for cell in by_dataset[dataset] if cell.arm == group.arm] or by_dataset[dataset]
+    if not any(cell.epoch_seconds for cell in similar):  # fitted in closed form
+        return statistics.median(cell.total_seconds for cell in similar) * scale
     # What evaluation adds; the least, because pauses count as well.
     besides = min(cell.total_seconds / max(cell.epochs * cell.epoch_seconds, 1e-9) for cell in similar)
     return statistics.median(cell.epoch_seconds for cell in similar) * scale * epochs * max(besides, 1)

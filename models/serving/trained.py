@@ -257,7 +257,10 @@ class TrainedModel:
         candidates: Iterable[Sequence[Any]] | None,
     ) -> list[Recommendation]:
         """Recommends to the queries in ``order``; the others get nothing."""
-        k = operator.index(k)
+        try:
+            k = operator.index(k)
+        except TypeError:
+            raise TypeError(f"k must be a whole number, got {k!r}") from None
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         allowed = self._allowed(only_items, exclude_items)

@@ -73,6 +73,8 @@ def write_context(directory: Path, context: Mapping[str, Any]) -> None:
     arrays = {}
     for name, value in context.items():
         if isinstance(value, BCOO):
+            if not (value.indices_sorted and value.unique_indices):  # which is what they are read as
+                value = value.sum_duplicates()
             arrays |= {f"{name}.data": value.data, f"{name}.indices": value.indices, f"{name}.shape": value.shape}
         else:
             arrays[name] = value
@@ -97,7 +99,7 @@ def read_context(directory: Path) -> dict[str, Any]:
             context[matrix] = BCOO(
                 (jnp.asarray(value), jnp.asarray(indices)), shape=shape, indices_sorted=True, unique_indices=True
             )
-        elif part not in ("indices", "shape"):
+        elif not (part in ("indices", "shape") and f"{matrix}.data" in arrays):
             context[name] = jnp.asarray(value)
     return context
 

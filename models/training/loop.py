@@ -246,7 +246,7 @@ class _Group:
             run.seconds = time.perf_counter() - self.begin
             if params is not None:
                 run.save(epoch, params, program.state_of(i))
-        best = [run.best[0] for run in self.runs if run.best is not None and run.diverged is None]
+        best = [run.best[0] for run in self.runs if run.best is not None and run.best[1] and run.diverged is None]
         self.progress.epoch(epoch, **shown, tokens=tokens, best=np.mean(best) if best else None)
         if self.watch is not None and not stop:  # who asks for both stops, and looks again when the run goes on
             for i in self.active:

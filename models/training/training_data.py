@@ -13,7 +13,7 @@ from models.config import TrainConfig
 from models.data import Interactions, Split, of_known_users, split_interactions
 from models.evaluation.ranking import FullRanking
 from models.feeds import NegativeSampler, PackedSequences, Pairs, Prefixes, pack
-from models.graphs import Nodes, smoothed_nodes
+from models.graphs import Nodes, refuse_pipes, smoothed_nodes
 from models.memory import check_memory, training_needs
 from models.objectives.losses import make_loss
 
@@ -58,17 +58,22 @@ class TrainingData:
         return 0 if self.feed is None else self.feed.num_batches
 
 
-def make_training_data(interactions: Interactions, config: TrainConfig, num_devices: int = 1) -> TrainingData:
+def make_training_data(
+    interactions: Interactions, config: TrainConfig, num_devices: int = 1, *, smooths: bool = True
+) -> TrainingData:
     """Splits, packs and copies to the device; builds graphs from the training part alone.
 
     Args:
       interactions: the data.
       config: the run, resolved.
       num_devices: how many devices a step will be split over.
+      smooths: whether a graph is needed: to be smoothed over, or measured over.
 
     Raises:
+      ValueError: if a graph is to be read from a pipe, or the data have nothing to train on.
       OutOfMemoryError: if training would need more memory than there is.
     """
+    refuse_pipes(config)
     check_memory(training_needs(config, interactions), config, num_devices=num_devices)
     kind = model_class(config.model)
     split = split_interactions(interactions, config)
@@ -94,7 +99,7 @@ def make_training_data(interactions: Interactions, config: TrainConfig, num_devi
         validation=ranking(split.validation_history, split.validation),
         test=ranking(split.test_history, split.test),
         context=kind.make_context(split.train, config),
-        nodes=smoothed_nodes(split.train, config, shapes),
+        nodes=smoothed_nodes(split.train, config, shapes) if smooths else None,
     )
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.config import SELECTION, TrainConfig
 from models.files import LOCK, claim, drop_half_line, read_json, write_json, write_text
+from models.graphs import files_digest, graph_files
 from models.memory import OutOfMemoryError, out_of_memory_told
 from models.training import loop
 from models.training.checkpoints import MAY_DIFFER, fingerprint, is_run
@@ -168,13 +169,18 @@ class _Search:
         described = {name: base[name] for name in base if name not in MAY_DIFFER or name in ("epochs", "patience")}
         described |= {"search": " ".join(self.space.describe()), "pruner": self.pruner}
         described |= {"fingerprint": fingerprint(self.interactions, self.space.base.split)}
+        files = {graph_files(config): config for config in self.space.variants()}
+        described |= {"files": sorted(filter(None, map(files_digest, files.values())))}
         before = self.study.user_attrs.get("described")
         if before is None:
             self.study.set_user_attr("described", described)
             return
         for name, wanted in described.items():
             if wanted != before.get(name, wanted):
-                seen = "is of other data" if name == "fingerprint" else f"has {name}={before[name]}, not {wanted}"
+                seen = {
+                    "fingerprint": "is of other data",
+                    "files": "smooths over files of graphs that held something else",
+                }.get(name, f"has {name}={before[name]}, not {wanted}")
                 raise ValueError(
                     f"the search in {self.output_dir} {seen}; resume it as it was, or give another --output-dir"
                 )
@@ -226,7 +232,8 @@ class _Search:
             return not pruned
 
         def watch(epoch: int, value: float) -> bool:
-            return follow(epoch, value) and (deadline is None or time.monotonic() < deadline)
+            late = deadline is not None and time.monotonic() >= deadline and epoch < self.space.base.epochs
+            return follow(epoch, value) and not late
 
         folder = self.folder(number)
         points = _points(folder)
@@ -473,7 +480,7 @@ def _folder(output_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None
 
 def _remove(output_dir: Path) -> None:
     """Removes a search: its files, and those folders of trials that hold runs."""
-    for folder in (output_dir / "trials").glob("[0-9][0-9][0-9][0-9]"):
+    for folder in (output_dir / "trials").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
             if is_run(read_json(folder / "run.json")):
                 shutil.rmtree(folder)

@@ -158,6 +158,12 @@ class TestMasking:
         masked = np.random.default_rng(0).binomial(2000, probability, size=10_000)
         assert masked.max() <= model.max_num_targets(2000) <= 2000
 
+    def test_there_is_room_if_every_token_is_a_last_one(self):
+        model = make_model(mask_probability=0.1, mask_last_probability=1.0)
+        packed = pack(Interactions.from_sequences([[1]] * 50), max_length=MAX_LENGTH, batch_size=50, with_targets=False)
+        masked = model.training_batch(packed.batch(0), jax.random.key(0))
+        assert int((masked.targets > 0).sum()) == 50 <= model.max_num_targets(packed.max_num_targets)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

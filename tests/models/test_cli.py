@@ -121,6 +121,44 @@ def test_small_worlds(tmp_path, capsys, model, text, hits):
     assert status == 0, err
 
 
+def test_new_users_are_left_out_of_a_test_on_other_data(data, tmp_path, capsys):
+    out, more = tmp_path / "out", tmp_path / "more.txt"
+    options = ["--epochs", "1", "--eval-every", "1", "--batch-size", "8", "--embedding-dim", "4"]
+    status, _, err = run(capsys, "train", "--model", "mf-bpr", "--data", data, "--output-dir", out, *options)
+    assert status == 0, err
+    more.write_text(f"{data.read_text()}99 1 2 3 4\n")
+    status, printed, err = run(capsys, "evaluate", "--checkpoint", out, "--data", more)
+    assert status == 0, err
+    assert "epoch 1: 20 users" in printed
+    assert "; 1 test users that the model does not know left out" in printed
+
+
+def test_plain_optimizers_need_no_graph(data, tmp_path, capsys):
+    """A preset's graph of vectors is not even read, and nothing is said of it."""
+    preset = tmp_path / "best.yaml"
+    preset.write_text(f"model: sasrec\ngraph: [attributes]\nattributes: {tmp_path}/items.tsv\noptimizer: sevo-adamw\n")
+    (tmp_path / "items.tsv").write_text("item_id\tgenres\n" + "".join(f"{i}\tA\n" for i in range(1, 9)))
+    arguments = ["train", "--preset", preset, "--data", data, *SMALL, "--output-dir"]
+    for optimizer, shown in {"sevo-adamw": True, "adamw": False}.items():
+        status, printed, err = run(capsys, *arguments, tmp_path / optimizer, "--optimizer", optimizer)
+        assert status == 0, err
+        assert ("graph: 56 entries" in printed) is shown
+    status, printed, err = run(
+        capsys, *arguments, tmp_path / "measured", "--optimizer", "adamw", "--diagnostics", "--overwrite"
+    )
+    assert status == 0, err
+    assert "graph: 56 entries" in printed
+
+
+def test_a_pipe_of_attributes_is_refused(data, tmp_path, capsys):
+    """A run reads it again, to know it when it goes on."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    arguments = ["train", "--data", data, *SMALL, "--graph", "attributes", "--attributes", pipe]
+    status, _, err = run(capsys, *arguments, "--output-dir", tmp_path / "out")
+    assert (status, err) == (2, f"error: graph: {pipe} is a pipe, which can be read only once; write it to a file\n")
+
+
 def test_users_who_come_after_the_first_cut(tmp_path, capsys):
     """A table of users has no row for them, so that they are not asked for; a model of histories is asked."""
     rows = [f"{u},{1 + (u + t) % 17},{t + 3 * u}" for u in range(12) for t in range(10)]

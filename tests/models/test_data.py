@@ -168,6 +168,16 @@ def tokens_by_user(packed):
     return found
 
 
+@pytest.mark.parametrize(("ids", "shown"), [([[1.9, 2], [3]], "1.9"), ([["a", "b"]], "'a'"), ([[1], [True]], "True")])
+def test_sequences_of_what_is_no_number(ids, shown):
+    with pytest.raises(ValueError, match=f"sequences hold {shown}; ids must be whole numbers: number the items from 1"):
+        Interactions.from_sequences(ids)
+
+
+def test_sequences_of_whole_floats():
+    assert Interactions.from_sequences([[1.0, 3.0], np.array([2], np.uint8), []]).items.tolist() == [1, 3, 2]
+
+
 class TestPack:
     @pytest.mark.parametrize("max_length", [1, 4, 7, 100])
     @pytest.mark.parametrize("shuffle", [False, True])
@@ -192,16 +202,54 @@ class TestPack:
         [(size, [30, *np.random.default_rng(0).integers(2, 8, size=70)]) for size in (1, 3, 5)]
         + [(13, [31] + [9] * 3900)],  # four users a row, 3.25 rows a batch
     )
-    def test_no_batch_is_empty(self, batch_size, lengths):
+    @pytest.mark.parametrize("count_targets", [False, True])
+    def test_no_batch_is_empty_and_as_many_as_asked_for(self, batch_size, lengths, count_targets):
         rng = np.random.default_rng(0)
         packed = pack(
             Interactions.from_sequences([rng.integers(1, 9, size=n) for n in lengths]),
             max_length=30,
             batch_size=batch_size,
+            count_targets=count_targets,
         )
+        counted = packed.num_tokens if count_targets else len(lengths)
+        num_rows = int((np.asarray(packed.slot)[:, 0] >= 0).sum())
+        assert packed.num_batches == min(-(-counted // batch_size), num_rows)
+        orders = set()
         for seed in range(5):
-            slots = np.asarray(packed.shuffle(jax.random.key(seed)).slot).reshape(packed.num_batches, -1)
-            assert (slots.max(axis=1) >= 0).all()
+            slots = np.asarray(packed.shuffle(jax.random.key(seed)).slot).reshape(packed.num_batches, packed.rows, -1)
+            assert (slots[..., 0].max(axis=1) >= 0).all()
+            assert np.ptp((slots[..., 0] >= 0).sum(axis=1)) <= 1  # rows are spread evenly
+            every = slots[slots >= 0]
+            assert sorted(set(every.tolist())) == list(range(len(lengths)))
+            assert len(every) == packed.num_tokens
+            orders.add(tuple(slots[:, 0, 0].tolist()))
+        assert len(orders) == 5
+
+    @pytest.mark.parametrize("max_length", [1, 2, 3, 7, 8])
+    def test_windows_have_each_item_as_target_once(self, max_length):
+        """Every item but the first, after the newest ``max_length // 2`` items before it at least."""
+        rng = np.random.default_rng(4)
+        data = Interactions.from_sequences([rng.permutation(99)[:n] + 1 for n in (*range(2, 41), 3, 3, 17)])
+        packed = pack(data, max_length=max_length, batch_size=5, count_targets=True, windows=True)
+        found = {}
+        for index in range(packed.num_batches):
+            batch = jax.tree.map(np.asarray, packed.shuffle(jax.random.key(2)).batch(index))
+            for row in range(len(batch.inputs)):
+                for slot in set(batch.segments[row].tolist()) - {0}:
+                    (where,) = np.nonzero(batch.segments[row] == slot)
+                    inputs, targets = batch.inputs[row][where].tolist(), batch.targets[row][where].tolist()
+                    assert len(inputs) <= max_length
+                    user = int(batch.users[row][where[0]])
+                    for place, target in enumerate(targets):
+                        if target:
+                            found.setdefault((user, target), []).append(inputs[: place + 1])
+        sequences = [sequence.tolist() for sequence in data]
+        expected = {(user, item) for user, sequence in enumerate(sequences) for item in sequence[1:]}
+        assert found.keys() == expected
+        for (user, target), (before,) in found.items():
+            history = sequences[user][: sequences[user].index(target)]
+            assert before == history[-len(before) :]
+            assert len(before) >= min(len(history), max(1, max_length // 2))
 
     def test_shuffle_changes_company_and_order(self, interactions):
         packed = pack(interactions, max_length=7, batch_size=13)

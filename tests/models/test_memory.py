@@ -128,6 +128,11 @@ def test_running_out_is_one_line(exhaust, asked):
     assert asked is None or f"out of memory, {asked} more were needed" in str(caught.value)
 
 
+def test_what_does_not_train_has_no_options_of_training():
+    with pytest.raises(OutOfMemoryError, match=r"in all\); end other programs"), out_of_memory_told(trains=False):
+        raise MemoryError
+
+
 def test_other_errors_pass():
     with pytest.raises(RuntimeError, match=r"^something else$"), out_of_memory_told():
         raise RuntimeError("something else")

@@ -125,6 +125,9 @@ def test_month_13_is_refused_by_its_field(tmp_path, capsys):
     options = ["--data", str(tmp_path / "data.csv"), "--output-dir", str(tmp_path / "out")]
     assert main(["train", "--preset", str(path), *options]) == 2
     assert "split_times must be a number or a date such as 2001-12-31, got '2020-13-01'" in capsys.readouterr().err
+    path.write_text("split: global-time\nsplit_times: ['2020_12', 2021-01-01]\n")  # to Python a number
+    assert main(["train", "--preset", str(path), *options]) == 2
+    assert "split_times must be a number or a date such as 2001-12-31, got '2020_12'" in capsys.readouterr().err
 
 
 def test_an_optimizer_may_stand_in_a_preset(tmp_path, monkeypatch, capsys):

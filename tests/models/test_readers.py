@@ -499,10 +499,20 @@ class TestItemTables:
         write_parquet(tmp_path / "a.parquet", **lists)
         write(tmp_path / "a.json", json_lines(zip(*lists.values(), strict=True), tuple(lists)))
         write(tmp_path / "a.item", "item_id:token\tgenres:token_seq\n1\tA B\n2\t\n3\tB\n")
-        columns = {"a.parquet": "genres", "a.json": "genres", "a.item": "genres:token_seq"}
+        nested = {"item_id": [1, 2, 3], "genres": [[["A"], ["B"]], [[]], [["B"]]]}
+        write_parquet(tmp_path / "nested.parquet", **nested)
+        columns = {"a.parquet": "genres", "a.json": "genres", "a.item": "genres:token_seq", "nested.parquet": "genres"}
         for name, column in columns.items():
             items, genres = read_attributes(tmp_path / name, attribute_column=column)
             assert list(zip(items.tolist(), genres.tolist(), strict=True)) == expected, name
+
+    def test_lists_of_what_is_no_text(self, tmp_path):
+        path = write(tmp_path / "a.json", '{"item_id":1,"genres":["A","B"]}\n{"item_id":2,"genres":["C",["D"]]}\n')
+        with pytest.raises(ValueError, match=r"row 2: 'genres' is \['C', \['D'\]\]; it must hold numbers or text"):
+            read_attributes(path)
+        write_parquet(tmp_path / "a.parquet", item_id=[1], genres=[[b"\xff"]])
+        with pytest.raises(ValueError, match=r"column 'genres' holds List\(Binary\), which is no text"):
+            read_attributes(tmp_path / "a.parquet")
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),

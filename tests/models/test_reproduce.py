@@ -739,6 +739,19 @@ class TestReport:
             plots.Arrival(None, None, 2),
         ]
 
+        # Of the seed that gets there alone, plain AdamW's own epochs.
+        path = Path("results/tiny/tiny-sasrec-ce-sevo-adamw-beta0.9-seed1.json")
+        late, plain = Cell.read(path), Path("results/tiny/tiny-sasrec-ce-adamw-seed1.json")
+        slow = Cell.read(plain)
+        for cell, values, where in ((late, [0.0, 0.0, 0.5], path), (slow, [0.1, 0.2, 0.3], plain)):
+            history = [record | {"validation": {"NDCG@10": x}} for record, x in zip(cell.history, values, strict=True)]
+            dataclasses.replace(cell, history=history).write(where)
+        reproduce(report=True)
+        text = self.text(Path("results"))
+        assert "| sevo-adamw (beta 0.9) | 1 of 2 | 15 | 15 |" in text
+        late.write(path)
+        slow.write(plain)
+
         # What plain AdamW reaches in fewer epochs is no level for longer runs, and no gain of theirs is over it.
         before = {path: Cell.read(path) for path in Path("results/tiny").glob("*sevo-adamw*.json")}
         for path, cell in before.items():
@@ -1246,6 +1259,13 @@ class TestStatus:
         assert seconds_of(group, 100, [beauty, ml_1m], "a GPU") is None
         assert seconds_of(rows["GRU4Rec on Toys"].groups[0], 100, [beauty, ml_1m], "CPU, 2 cores") is None
 
+    def test_closed_forms_take_their_time_as_well(self, folder):
+        rows = {row.title: row for row in load_table("3").rows}
+        (group,) = rows["Item-kNN on Beauty"].groups
+        cell = complete_cell("table-3", group, 0, epoch_seconds=0.0, total_seconds=12.0)
+        (other,) = rows["Item-kNN on Toys"].groups
+        assert seconds_of(other, 0, [cell], "CPU, 2 cores") == pytest.approx(12.0 * 167_597 / 198_502)
+
     def test_on_other_data_by_what_training_sees(self, folder):
         """The newest 50 items of a user, and with cross-entropy a score for each item of the catalogue."""
         rows = {row.dataset: row for row in load_table("cross-entropy-graphs").rows}
@@ -1538,6 +1558,93 @@ class TestClaims:
         (text,) = [text for text in verdict.evidence if "BERT4Rec" in text]
         assert evidence in text
         assert ("does not tell apart" in text) is (holds == [None])
+
+    def test_gains_of_opposite_signs(self, folder):
+        """On average a gain, but what noise cannot explain is a loss."""
+        table = load_table("3")
+        scores = {"Beauty": {"adamw": 0.0380, "sevo-adamw": 0.0381}, "ML-1M": {"adamw": 0.120, "sevo-adamw": 0.110}}
+        scores["Toys"] = {"adamw": 0.001, "sevo-adamw": 0.002}
+        for row in table.rows:
+            name, _, data = row.title.partition(" on ")
+            if name == "SASRec" and data in scores:
+                for group in row.groups:
+                    if group.arm in scores[data]:
+                        write_cells("table-3", group, [scores[data][group.arm]])
+        (claim,) = [claim for claim in CLAIMS if claim.text.startswith("SEvo improves")]
+        verdict = claim.judge({"table-3": TableCells.of(table, Cells(Path("results")))})
+        assert verdict.holds == [None]
+        (text,) = [text for text in verdict.evidence if "SASRec" in text]
+        assert "SASRec +30.6% over adamw" in text
+        assert text.endswith("does not tell apart; what is told apart says the opposite")
+
+    @pytest.mark.parametrize(("last", "holds"), [(0.25, [False]), (0.24, [False]), (0.26, [True]), (0.1, [False])])
+    def test_rescaling(self, folder, last, holds):
+        table = load_table("figure-4a")
+        for group in next(row for row in table.rows if row.dataset == "beauty").groups:
+            if "rescale" in group.settings:
+                cell = complete_cell("figure-4a", group, 0)
+                loss = 0.2 if group.settings["rescale"] else last
+                history = [*cell.history[:-1], {"epoch": cell.epochs, "loss": loss}]
+                dataclasses.replace(cell, history=history).write(cell_path(Path("results"), "figure-4a", group, 0))
+        (claim,) = [claim for claim in CLAIMS if claim.tables == ("figure-4a",)]
+        verdict = claim.judge({"figure-4a": TableCells.of(table, Cells(Path("results")))})
+        assert verdict.holds == holds
+        assert verdict.evidence == [f"beauty: last training loss {last:.2f} without it, 0.20 with it"]
+
+    @pytest.mark.parametrize(
+        ("iterative", "holds"), [([0.0300, 0.0304], [True]), ([0.0399, 0.0403], [None]), ([0.0500, 0.0504], [False])]
+    )
+    def test_iterative(self, folder, iterative, holds):
+        table = load_table("figure-5b")
+        for group in next(row for row in table.rows if row.dataset == "beauty").groups:
+            if group.settings.get("beta") in (0.5, 0.9):  # up to 0.7 nothing is claimed
+                other = group.settings["smoothing"] == "iterative"
+                write_cells("figure-5b", group, iterative if other else [0.0400, 0.0404])
+        (claim,) = [claim for claim in CLAIMS if claim.tables == ("figure-5b",)]
+        verdict = claim.judge({"figure-5b": TableCells.of(table, Cells(Path("results")))})
+        assert verdict.holds == holds
+        assert ("does not tell apart" in verdict.evidence[0]) is (holds == [None])
+
+    @pytest.mark.parametrize(
+        ("without", "holds"), [([0.0400, 0.0402], [True]), ([0.0455, 0.0459], [None]), ([0.0500, 0.0502], [False])]
+    )
+    def test_correction(self, folder, without, holds):
+        table = load_table("figure-6")
+        (row,) = [row for row in table.rows if row.subject == "STOSA" and row.dataset == "beauty"]
+        for group in row.groups:
+            if group.arm == "adamw":
+                write_cells("figure-6", group, [0.04, 0.04])
+            elif group.arm == "sevo-adamw":
+                write_cells("figure-6", group, [0.0456, 0.0458] if group.settings["moment_correction"] else without)
+        (claim,) = [claim for claim in CLAIMS if claim.tables == ("figure-6",)]
+        assert claim.judge({"figure-6": TableCells.of(table, Cells(Path("results")))}).holds == holds
+
+    @pytest.mark.parametrize(("fallen", "told_apart"), [(0.0200, True), (0.0385, False), (0.0400, False)])
+    @pytest.mark.parametrize("steady", ["distance", "frequency"])
+    def test_distance(self, folder, fallen, told_apart, steady):
+        """One weighting stays where it is while the other falls with the hops; of four results, not of two."""
+        table = load_table("figure-7")
+        for row in table.rows:
+            if row.dataset == "beauty" and "max_hops" in row.vary:
+                for group in row.groups:
+                    falls = group.settings.get("graph_weighting") != steady and group.settings.get("max_hops", 1) > 1
+                    score = fallen if falls else 0.0400
+                    write_cells("figure-7", group, [score, score + 0.001])
+        (claim,) = [claim for claim in CLAIMS if claim.text.startswith("Distance is steadier")]
+        verdict = claim.judge({"figure-7": TableCells.of(table, Cells(Path("results")))})
+        assert verdict.holds == [steady == "distance" if told_apart else None]
+
+    def test_falls_again_behind_the_best_k(self, folder):
+        scores = {3: 0.030, 5: 0.045, 10: 0.044, 20: 0.042, 50: 0.037}
+        for row in load_table("figure-7").rows:
+            if row.title == "SASRec, the first or last K items, on Beauty":
+                for group in row.groups:
+                    score = scores.get(group.settings.get("graph_max_length"), 0.03)
+                    write_cells("figure-7", group, [score, score + 0.001])
+        (longer,) = [x for x in CLAIMS if x.text.startswith("On Beauty")]
+        verdict = longer.judge({"figure-7": TableCells.of(load_table("figure-7"), Cells(Path("results")))})
+        assert verdict.holds == [False]
+        assert verdict.evidence[0].endswith(", 0.0080 less at the end than at best")
 
     def test_the_last_k(self, folder):
         """With three of the last items it is worst, with twenty best; at 5 and 10 noise decides."""

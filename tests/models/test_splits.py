@@ -131,6 +131,11 @@ class TestGlobalTime:
         assert of_known_users(known, split.train.user_ids) is known
         with pytest.raises(ValueError, match="split: no validation user has an interaction to train on"):
             of_known_users(split, np.array(["b"]))
+        tested = of_known_users(split, np.array(["c"]), trained_on=False)
+        assert list(as_dict(tested.test_history, tested.test)) == ["c"]
+        assert tested.protocol == f"{split.protocol}; 3 test users that the model does not know left out"
+        with pytest.raises(ValueError, match="data: the model, which has a table of users, knows none of the test"):
+            of_known_users(split, np.array(["x"]), trained_on=False)
 
     @hypothesis.given(
         st.dictionaries(

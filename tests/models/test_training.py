@@ -266,7 +266,9 @@ def test_early_stopping(prepared, tmp_path, capsys):
 @pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
 @pytest.mark.parametrize("loss", ["bce", "ce"])
 def test_bfloat16_computes_close_to_float32(prepared, model, loss):
-    config = config_from_dict(CONFIG.differing() | {"model": model, "loss": loss, "dropout_rate": 0.0, "num_heads": 2})
+    config = config_from_dict(
+        CONFIG.differing() | {"model": model, "loss": loss, "dropout_rate": 0.0, "num_heads": 2, "num_blocks": 1}
+    )
     kind = dataclasses.replace(config, compute_dtype="bfloat16")
     losses = {}
     for name, settings in (("float32", config), ("bfloat16", kind)):

@@ -370,6 +370,28 @@ class TestSearch:
         with pytest.raises(ValueError, match=r"b holds thesis\.txt, but no search"):
             tune(tmp_path / "b", 2, overwrite=True)
 
+    def test_other_attributes_are_another_search(self, tmp_path, stub):
+        """Whether the graph is searched or not; where the table lies does not matter if it is not."""
+        table = tmp_path / "a.tsv"
+        table.write_text("item_id\tgenres\n1\tA\n2\tA\n")
+        for name, options in {
+            "fixed": {"base": {"graph": ("attributes",), "attributes": table}},
+            "searched": {"base": {"attributes": table}, "texts": ("graph=item-item,attributes",)},
+        }.items():
+            tune(tmp_path / name, 1, **options)
+            tune(tmp_path / name, 2, resume=True, **options)
+            before = table.read_text()
+            table.write_text(before.replace("2\tA", "2\tB"))
+            with pytest.raises(ValueError, match="smooths over files of graphs that held something else; resume it"):
+                tune(tmp_path / name, 3, resume=True, **options)
+            table.write_text(before)
+
+    def test_a_trial_that_is_over_with_the_time_counts(self, tmp_path, stub, monkeypatch):
+        clock = iter([0, 0, 0, 0, 0, 10_000])  # the deadline, the first look, and one behind each epoch
+        monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: next(clock, 10_000)))
+        found, _ = tune(tmp_path, hours=1)
+        assert [trial.state for trial in found.trials] == ["finished"]
+
     def test_other_data_are_another_search(self, tmp_path, stub, monkeypatch):
         tune(tmp_path, 1)
         monkeypatch.setattr(search, "fingerprint", lambda *_: "other")

@@ -372,6 +372,8 @@ def test_half_precision_stays_on_the_fast_kernel():
 def test_graph_without_edges_scales_every_row(x64, x):
     np.testing.assert_allclose(smooth(x, np.zeros((30, 30)), beta=0.5, num_layers=1), x * 0.5 / 0.75, rtol=1e-12)
     assert smooth(np.ones((0,)).reshape(1, 0), np.ones((1, 1))).shape == (1, 0)
+    for shape in ((3, 1, 0), (0, 1, 4)):
+        assert jax.vmap(lambda x: smooth(x, np.ones((1, 1))))(np.ones(shape)).shape == shape
 
 
 # ---- the product ----

@@ -351,10 +351,24 @@ def test_vmap_over_seeds_keeps_one_graph(rng, weights):
         np.testing.assert_allclose(updates["item"][seed], wanted["item"], rtol=2e-5, atol=1e-6)
 
 
-def test_state_axes_moves_every_other_leaf(weights, table):
-    axes = state_axes(sevo_adamw(0.1, weights).init(table), axis=2)
-    assert axes[0] == (2, 2, 2)
-    assert axes[1] == SEvoState(2, (None, None, None))
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
+def test_state_axes_of_any_axis(weights, table, axis):
+    """Scalars, such as counts, have no axis but the first for their replicas."""
+    tx = sevo_adamw(optax.constant_schedule(0.1), weights)
+    axes = state_axes(jax.eval_shape(tx.init, table), axis=axis)
+    scalar = 0 if axis >= 0 else -1
+    assert axes[0] == (scalar, axis, axis)
+    assert axes[1] == SEvoState(scalar, (None, None, None))
+    grads = jnp.stack([table, 2 * table[::-1]], axis)
+    params = jnp.ones_like(grads)
+    state = jax.vmap(tx.init, in_axes=axis, out_axes=axes)(params)
+    update = jax.vmap(tx.update, in_axes=(axis, axes, axis), out_axes=(axis, axes))
+    found, state = update(grads, state, params)
+    assert state[1].graph.data.ndim == 1
+    for i in range(2):
+        mine = jnp.take(params, i, axis)
+        expected, _ = tx.update(jnp.take(grads, i, axis), tx.init(mine), mine)
+        np.testing.assert_allclose(jnp.take(found, i, axis), expected, rtol=1e-5)
 
 
 # ---- documentation ----

@@ -107,6 +107,31 @@ def test_a_user_depends_on_nobody_else():
     assert (before[0] != after[0]).all()
 
 
+def test_pairs_are_a_user_and_then_one_of_its_items():
+    """Users without regard to how many items they have; an epoch has as many pairs as there are interactions."""
+    lengths = (1, 4, 0, 30, 2)
+    data = Interactions.from_sequences([range(u * 40 + 1, u * 40 + 1 + n) for u, n in enumerate(lengths)])
+    pairs = Pairs.from_interactions(data, batch_size=5)
+    draws = []
+    for seed in range(400):
+        drawn = pairs.shuffle(jax.random.key(seed))
+        batches = [drawn.batch(i) for i in range(drawn.num_batches)]
+        users, targets = (np.concatenate([getattr(x, name) for x in batches]) for name in ("users", "targets"))
+        counted = targets > 0
+        assert counted.sum() == sum(lengths) == pairs.num_tokens
+        assert len(targets) == 40
+        draws.append(np.stack([users[counted], targets[counted]]))
+    users, targets = np.concatenate(draws, axis=1)
+    assert (users == (targets - 1) // 40).all()
+    owners = [u for u, n in enumerate(lengths) if n]
+    assert sorted(set(users.tolist())) == owners
+    assert scipy.stats.chisquare(np.bincount(users)[owners]).pvalue > 1e-3
+    for user in owners:
+        mine = targets[users == user] - (user * 40 + 1)
+        assert scipy.stats.chisquare(np.bincount(mine, minlength=lengths[user])).pvalue > 1e-3 or lengths[user] == 1
+        assert set(mine.tolist()) == set(range(lengths[user]))
+
+
 @pytest.mark.parametrize("loss", get_args(Loss))
 def test_every_loss_trains_both_tables(loss):
     sampler = NegativeSampler.from_interactions(INTERACTIONS)
