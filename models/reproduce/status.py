@@ -79,21 +79,22 @@ def seconds_of(group: SeedGroup, epochs: int, cells: Iterable[Cell], device: str
         same = (cell.model, cell.variant) == (values["model"], values.get("loss", ""))
         if same and cell.device.partition(",")[0].lower() == device.partition(",")[0].lower():
             by_dataset.setdefault(cell.dataset, []).append(cell)
-    dataset, scale = group.row.dataset, 1.0
+    dataset = group.row.dataset
+    work = _work(dataset, values)
     if dataset not in by_dataset:
-        work = _work(dataset, values)
-        others = {other: _work(other, found[0].config) for other, found in by_dataset.items()}
-        scales = {other: work / theirs for other, theirs in others.items() if work and theirs}
-        if not scales:
+        works = {other: _work(other, found[0].config) for other, found in by_dataset.items()}
+        near = {other: abs(math.log(work / theirs)) for other, theirs in works.items() if work and theirs}
+        if not near:
             return None
-        dataset = min(scales, key=lambda other: abs(math.log(scales[other])))
-        scale = scales[dataset]
+        dataset = min(near, key=near.__getitem__)
     similar = [cell for cell in by_dataset[dataset] if cell.arm == group.arm] or by_dataset[dataset]
+    scales = [work / _work(dataset, cell.config) if work else 1.0 for cell in similar]
     if not any(cell.epoch_seconds for cell in similar):  # fitted in closed form
-        return statistics.median(cell.total_seconds for cell in similar) * scale
+        return statistics.median(cell.total_seconds * scale for cell, scale in zip(similar, scales, strict=True))
     # What evaluation adds; the least, because pauses count as well.
     besides = min(cell.total_seconds / max(cell.epochs * cell.epoch_seconds, 1e-9) for cell in similar)
-    return statistics.median(cell.epoch_seconds for cell in similar) * scale * epochs * max(besides, 1)
+    epoch = statistics.median(cell.epoch_seconds * scale for cell, scale in zip(similar, scales, strict=True))
+    return epoch * epochs * max(besides, 1)
 
 
 def _work(dataset: str, config: Mapping[str, Any]) -> int:

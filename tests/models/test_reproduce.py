@@ -1268,12 +1268,19 @@ class TestStatus:
 
     def test_on_other_data_by_what_training_sees(self, folder):
         """The newest 50 items of a user, and with cross-entropy a score for each item of the catalogue."""
-        rows = {row.dataset: row for row in load_table("cross-entropy-graphs").rows}
-        row, other = rows["beauty"], rows["ml-1m"]
-        took = 2 * 3.0 * row.groups[0].config().epochs
-        beauty = complete_cell("cross-entropy", row.groups[0], 0, epoch_seconds=3.0, total_seconds=took)
-        about = seconds_of(other.groups[0], 100, [beauty], "CPU, 2 cores")
+        rows = {row.given_name: row for row in load_table("cross-entropy-graphs").rows}
+
+        def cell(row, seconds):
+            took = 2 * seconds * row.groups[0].config().epochs
+            return complete_cell("cross-entropy-graphs", row.groups[0], 0, epoch_seconds=seconds, total_seconds=took)
+
+        beauty, short = cell(rows["beauty-consecutive"], 3.0), cell(rows["ml-1m-newest-50"], 5.0)
+        of_short = rows["ml-1m-newest-50"].groups[0]
+        about = seconds_of(of_short, 100, [beauty], "CPU, 2 cores")
         assert about == pytest.approx(100 * 2 * 3.0 * (6_040 * 50 * 3_416) / (198_502 * 12_101))
+        of_long = rows["ml-1m-consecutive"].groups[0]  # whose users have fewer than 200 items on average
+        about = seconds_of(of_long, 100, [beauty, short], "CPU, 2 cores")
+        assert about == pytest.approx(100 * 2 * 5.0 * 999_611 / (6_040 * 50))
 
     def test_what_is_not_known(self, folder, capsys):
         reproduce(dry_run=True, seeds=1)
