@@ -36,20 +36,18 @@ from models.config import SELECTION, SMOOTHING, GraphConfig, Optimizer, TrainCon
 from models.data import load_interactions
 from models.evaluation import metrics
 from models.evaluation.ranking import make_test
-from models.feeds import pack
 from models.files import read_json, write_json, write_text
 from models.objectives.losses import Loss, cross_entropy, make_loss
 from models.presets import load_preset
 from models.training.optimizers import Stages, make_schedule, make_stages
 from models.training.program import make_epoch
 from models.training.progress import Progress
-from models.training.training_data import Feed, TrainingData, make_training_data
+from models.training.training_data import Feed, TrainingData, make_feed, make_training_data
 from sevo_optax import adamw_corrected, graph, sevo, smooth
 
 NEIGHBOURS = 20
 WEIGHTS = (0.05, 0.1, 0.2)
 EMA_DECAY = 0.999
-WINDOW = 50
 FOLDER = Path("results/trials")
 # What trials do not heed that have a graph and smooth nothing.
 UNSMOOTHED = tuple(name for name in SMOOTHING if not hasattr(GraphConfig, name))
@@ -274,15 +272,9 @@ def cosine(prepared: TrainingData, config: TrainConfig, seed: int, *, optimizer:
 
 
 def windows(prepared: TrainingData, config: TrainConfig, seed: int, *, optimizer: Optimizer) -> Parts:
-    """An arm that is trained on windows over the whole history, where it sees the newest ``max_length`` otherwise.
-
-    Raises:
-      ValueError: if ``max_length`` is more than 50.
-    """
-    if config.max_length > WINDOW:
-        # Its histories to rank after are longer than what is trained.
-        raise ValueError(f"max_length must be at most {WINDOW} for trials on windows, got {config.max_length}")
-    feed = pack(prepared.split.train, max_length=config.max_length, batch_size=config.batch_size, windows=True)
+    """An arm that is trained on windows over the whole history, where it sees the newest ``max_length`` otherwise."""
+    config = dataclasses.replace(config, windows=True)
+    feed = make_feed(prepared.split.train, config)
     return parts(dataclasses.replace(prepared, feed=feed), config, seed, optimizer=optimizer)
 
 

@@ -456,6 +456,15 @@ class TransformerConfig(SequenceConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class NextItemConfig(TransformerConfig):
+    """A model with attention blocks that predicts the next item at every place of a history."""
+
+    windows: bool = False
+    """Whether a longer history is cut into overlapping windows of max_length items, so that all of it is trained on;
+    batch_size counts windows then. Otherwise its newest max_length items are."""
+
+
+@dataclasses.dataclass(frozen=True)
 class PrefixConfig(SequenceConfig):
     """A model of histories that is trained on every prefix of a training sequence."""
 

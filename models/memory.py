@@ -69,6 +69,9 @@ def training_needs(config: Any, interactions: "Interactions") -> list[Need]:
     longest = min(int(interactions.lengths.max()), max_length or sys.maxsize)
     users = min(config.batch_size, interactions.num_users)
     tokens = max(longest, users * min(len(interactions) // interactions.num_users, longest))
+    if option("windows"):  # batch_size counts windows, which overlap by half
+        users = min(config.batch_size, -(-2 * len(interactions) // longest))
+        tokens = users * longest
     in_batch = {"batch_size": users, "max_length": longest}
     if not hasattr(config, "max_length"):  # batch_size counts pairs of a user and an item
         tokens = longest = min(config.batch_size, len(interactions))

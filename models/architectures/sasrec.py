@@ -10,7 +10,7 @@ from flax import nnx
 
 from models.architectures.base import Encoded, SequenceRecommender, look_up
 from models.checks import Heeded
-from models.config import TransformerConfig, above
+from models.config import NextItemConfig, above
 from models.feeds import Batch
 from models.layers import Attention, Dropout, LayerNorm, Linear, split_keys, stacked_xavier_uniform, symmetric_uniform
 
@@ -21,11 +21,11 @@ fan_in_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @dataclasses.dataclass(frozen=True)
-class SASRecConfig(TransformerConfig):
+class SASRecConfig(NextItemConfig):
     """SASRec's options, with the paper's settings for Amazon Beauty."""
 
     heeded: ClassVar[Heeded] = {
-        **TransformerConfig.heeded,
+        **NextItemConfig.heeded,
         "attend_padding": (above("num_blocks", 0, "1"),),
     }
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from models.architectures.base import Encoded, Group, NodeSet, Queries, Recommender, look_up, options_of
 from models.checks import Heeded
-from models.config import Loss, TransformerConfig, above, among
+from models.config import Loss, NextItemConfig, above, among
 from models.feeds import Batch
 from models.layers import BLOCKED, Dropout, LayerNorm, Linear, split_keys
 from models.layers.attention import QUERIES_AT_ONCE
@@ -38,13 +38,13 @@ def deviation(x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class STOSAConfig(TransformerConfig):
+class STOSAConfig(NextItemConfig):
     """STOSA's options, with the paper's settings for Amazon Beauty."""
 
     losses: ClassVar[tuple[Loss, ...]] = ("bpr", "ce", "sampled-softmax")
     """Those that compare scores with each other: a score is a distance, which no sigmoid takes alone."""
     heeded: ClassVar[Heeded] = {
-        **TransformerConfig.heeded,
+        **NextItemConfig.heeded,
         "attention_dropout_rate": (above("num_blocks", 0, "1"),),
         "encode_mean": (above("num_blocks", 0, "1"),),
         "pvn_weight": (among("loss", "bpr"),),  # the others have no single negative

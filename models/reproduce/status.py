@@ -100,7 +100,8 @@ def seconds_of(group: SeedGroup, epochs: int, cells: Iterable[Cell], device: str
 def _work(dataset: str, config: Mapping[str, Any]) -> int:
     """What an epoch's time is in proportion to, roughly; 0: not known."""
     size = SIZES.get(dataset, Size(0, 0, 0))
-    seen = min(size.interactions, size.users * (config.get("max_length") or size.interactions))
+    cut = not config.get("windows") and config.get("max_length")
+    seen = min(size.interactions, size.users * cut) if cut else size.interactions
     return seen * (size.items if config.get("loss") == "ce" else 1)
 
 

@@ -64,7 +64,7 @@ def write_export(run: LoadedRun, path: Path) -> Path:
     Returns:
       The file of the ids: an ``.npz`` whose ``item_ids[i]`` is the raw id of item number ``i``, from 1 on, and, for a
       model with a table of users, ``user_ids[u]`` that of user number ``u``, from 0 on; ids of very different lengths
-      as :func:`models.files.ids_to_arrays` keeps them.
+      as :func:`models.data.ids.ids_to_arrays` keeps them.
 
     Raises:
       OSError: if a file cannot be written.

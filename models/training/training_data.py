@@ -140,7 +140,11 @@ def make_feed(train: Interactions, config: TrainConfig) -> Feed | None:
     match kind.feed:
         case "sequences":
             return pack(
-                train, max_length=config.max_length, batch_size=config.batch_size, with_targets=kind.predicts_next
+                train,
+                max_length=config.max_length,
+                batch_size=config.batch_size,
+                with_targets=kind.predicts_next,
+                windows=getattr(config, "windows", False),
             )
         case "prefixes" if config.separate_prefixes:
             return Prefixes.from_interactions(train, max_length=config.max_length, batch_size=config.batch_size)

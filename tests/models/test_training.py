@@ -253,6 +253,25 @@ def test_clipped_gradients_have_the_norm(prepared):
     assert "clip" not in make_stages("adamw", CONFIG, prepared.nodes)
 
 
+@pytest.mark.parametrize("model", ["sasrec", "stosa"])
+def test_windows_train_on_whole_histories(model, tmp_path):
+    """Each item but the first is a target once an epoch; without windows, the newest alone."""
+    data = drifting_interests(num_users=20, num_items=40, num_groups=5, seed=3)
+    config = make_config(model, max_length=3, embedding_dim=8, epochs=2, batch_size=8, windows=True)
+    cut, whole = (make_training_data(data, dataclasses.replace(config, windows=x)) for x in (False, True))
+
+    def num_targets(prepared):
+        batches = [prepared.feed.batch(i) for i in range(prepared.feed.num_batches)]
+        return sum(int((batch.targets * (batch.segments > 0) > 0).sum()) for batch in batches)
+
+    lengths = whole.split.train.lengths
+    assert lengths.max() > 6
+    assert num_targets(whole) == (lengths - 1).sum() > num_targets(cut) == np.minimum(lengths - 1, 3).sum()
+    assert whole.feed.num_batches > cut.feed.num_batches  # batch_size counts windows
+    result = loop.train(whole, config, "sevo-gradient", tmp_path)
+    assert np.isfinite(result.losses).all()
+
+
 def test_early_stopping(prepared, tmp_path, capsys):
     config = dataclasses.replace(CONFIG, epochs=200, patience=3)
     result = loop.train(prepared, config, "adamw", tmp_path)
