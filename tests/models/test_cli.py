@@ -347,7 +347,7 @@ def begun(monkeypatch):
     """The configurations that a command would go on to read data for."""
     made = []
 
-    def note(config, *_):
+    def note(config, *_, **__):
         made.append(config)
         raise ValueError("the data would be read")
 
@@ -735,7 +735,7 @@ def test_bad_attributes(data, tmp_path, capsys, text, options, message):
 
 def test_a_graph_without_entries_is_told(tmp_path, capsys):
     config = make_config(optimizer="sevo-adamw", graph_max_length=1)
-    commands._prepare(config, tmp_path / "run")
+    commands._prepare(config, tmp_path / "run", smooths=True)
     assert "warning: the graph has no entries: nothing is smoothed, only made smaller\n" in capsys.readouterr().err
 
 

@@ -477,7 +477,7 @@ def test_evaluate_otherwise(trained, capsys):
     assert "counted in the training part of these data, which the run was not trained on" in printed
     assert "(global-time split at" in printed
     assert "history ranked too" in printed
-    assert "are ones that the run was trained on; tested after the last epoch)" in printed
+    assert "are ones that the run was trained on; tested at the newest epoch)" in printed
 
 
 def test_evaluate_on_other_data(trained, tmp_path, capsys):
