@@ -69,7 +69,7 @@ def draw_who_gains(row: RowCells, path: Path) -> bool:
                     plots.COLORS.get(summary.group.arm),
                     [gain.difference for gain in gains.values()],
                     [gain.deviation for gain in gains.values()],
-                    ["" if gain.relative is None else f"{gain.relative:+.0%}" for gain in gains.values()],
+                    ["" if gain.relative is None else f"{gain.relative:+z.0%}" for gain in gains.values()],
                 )
             )
         if series:
