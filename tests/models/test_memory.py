@@ -73,6 +73,13 @@ def test_prefixes_take_a_token_each_or_a_row():
         assert any(need.what.startswith(f"the states of {tokens} tokens") for need in needs)
 
 
+def test_windows_are_more_than_users():
+    longer = Interactions.from_sequences([list(range(1, 301))] * 3)
+    for windows, tokens in [(False, 3 * 10), (True, 64 * 10)]:
+        needs = training_needs(make_config(max_length=10, batch_size=64, windows=windows), longer)
+        assert any(need.what.startswith(f"the layers of {tokens} tokens") for need in needs)
+
+
 @pytest.mark.parametrize("model", ["mf-bpr", "lightgcn"])
 def test_pairs_take_one_place_each_and_users_a_table(model):
     """Histories are longer than a batch has pairs, and neither model has a length of histories to lower."""
