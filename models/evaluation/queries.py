@@ -52,7 +52,7 @@ class Histories:
         packed = pack(inputs, max_length=max_length, batch_size=batch_size, with_targets=False)
         # The last rows hold many short histories each. Dealt out in turn, all batches have about as many users, and
         # little is kept beside them.
-        dealt = np.arange(len(packed.slot)).reshape(packed.rows, packed.num_batches).T.ravel()
+        dealt = packed.dealt(jnp.arange(len(packed.slot)))
         packed = dataclasses.replace(packed, slot=packed.slot[dealt], step=packed.step[dealt])
         slot, step, length = (np.asarray(x) for x in (packed.slot, packed.step, packed.slot_length))
         slot, step = (x.reshape(packed.num_batches, -1) for x in (slot, step))

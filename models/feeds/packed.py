@@ -99,13 +99,16 @@ class PackedSequences:
         """Rows in a batch."""
         return self.slot.shape[0] // self.num_batches
 
+    def dealt(self, rows: jax.Array) -> jax.Array:
+        """All rows, dealt to the batches one by one: each batch has one of the first, and one of the last."""
+        return rows.reshape(self.rows, self.num_batches).T.ravel()
+
     def shuffle(self, key: jax.Array) -> "PackedSequences":
         """Deals users to slots of their own length, and rows to batches, at random."""
         row_key, user_key = jax.random.split(key)
         rows = jax.random.permutation(row_key, self.slot.shape[0])
         if self.rows <= FEW_ROWS:
-            padding_last = rows[jnp.argsort(self.slot[rows, 0] < 0, stable=True)]
-            rows = padding_last.reshape(self.rows, self.num_batches).T.ravel()
+            rows = self.dealt(rows[jnp.argsort(self.slot[rows, 0] < 0, stable=True)])  # padding last
         noise = jax.random.bits(user_key, self.slot_length.shape)
         users = jnp.lexsort((noise, self.slot_length))
         return dataclasses.replace(

@@ -262,9 +262,10 @@ def _longer(found: Found) -> Verdict:
         deviation = _deviation(found, row)
         decided, why = _told_apart(abs(rise), f"a difference of {rise:+.4f} that", deviation, num_seeds)
         top = max(values["last"].values()) - values["last"][most]  # above zero: it falls again
-        if decided and rise > 0 and _told_apart(top, "", deviation, num_seeds)[0]:
-            rise, why = -top, f", {top:.4f} less at the end than at best"
-        holds.append(rise > 0 if decided else None)
+        falls = rise > 0 and _told_apart(top, "", deviation, num_seeds)[0]
+        if decided and falls:
+            why = f", {top:.4f} less at the end than at best"
+        holds.append(rise > 0 and not falls if decided else None)
         each = ", ".join(f"{x:.4f}" for x in values["last"].values())
         evidence.append(f"beauty, the last {', '.join(map(str, values['last']))}: {each}{why}")
     return Verdict(holds, evidence)

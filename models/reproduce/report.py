@@ -16,13 +16,7 @@ from models.reproduce.cells import Cell, Cells
 from models.reproduce.claims import claim_lines
 from models.reproduce.pictures import draw_curves, draw_table, draw_who_gains, smoothness_lines
 from models.reproduce.status import rough_duration, seconds_of
-from models.reproduce.summaries import (
-    RowCells,
-    TableCells,
-    average_gains,
-    comparable_rows,
-    with_seeds_in_common,
-)
+from models.reproduce.summaries import RowCells, TableCells, average_gains, comparable_rows, with_seeds_in_common
 from models.reproduce.tables import METRICS, PLAIN, Measured, Published, Table, table_names
 from models.training.time_to_quality import MEASURES, time_to_quality
 
